@@ -1,0 +1,1 @@
+"""Bytes in and out: safetensors headers, byte ranges, checkpoint folders, shards. Knows nothing of merging."""

@@ -1,0 +1,83 @@
+"""From what the user typed to a folder: a local path, or a model on the Hugging Face Hub.
+
+    DIR                      an existing folder
+    org/name[@revision]      a Hub repository, where no such folder exists
+    hf://org/name[@revision] a Hub repository, always
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from streammerge.errors import CheckpointError, TransferError
+
+HUB_SCHEME = "hf://"
+_REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
+_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py"]
+_WANTED += ["*LICENSE*", "*NOTICE*", "tokenizer*", "merges*", "vocab*"]
+_UNWANTED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*", "onnx/*"]
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model lies, how the user named it, and its commit on the Hub (None for a local folder)."""
+
+    folder: Path
+    id: str
+    revision: str | None
+
+
+def locate(reference: str) -> Location:
+    """Find a model, downloading it into huggingface_hub's cache where it is on the Hub.
+
+    Everything is taken from one commit, which is the location's revision. `HF_ENDPOINT`,
+    `HF_HOME`, `HF_HUB_OFFLINE` and the usual login are honoured.
+
+    Raises:
+        CheckpointError: no such folder or repository, or no access to it.
+        TransferError: the download failed.
+    """
+    hub_only = reference.startswith(HUB_SCHEME)
+    name = reference.removeprefix(HUB_SCHEME)
+    if not hub_only and Path(name).is_dir():
+        return Location(Path(name), name, None)
+    repository, _, revision = name.partition("@")
+    if not _REPOSITORY.match(repository):
+        kind = "Hub repository id (org/name[@revision])" if hub_only else "folder, nor a Hub repository id (org/name)"
+        raise CheckpointError(f"model {name}: there is no such {kind}")
+    return _download(repository, revision or None)
+
+
+def _download(repository: str, revision: str | None) -> Location:
+    import httpx2
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"model {repository}" + (f"@{revision}" if revision else "")
+    try:
+        folder = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+        )
+    except GatedRepoError:
+        raise CheckpointError(f"{where}: gated: ask for access on its page, then `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise CheckpointError(f"{where}: the repository has no such revision") from None
+    except RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{where}: no such folder here and no such repository on the Hub, or no access to it: "
+            "check the spelling; for a private one, `hf auth login`"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        raise TransferError(f"{where}: not in the local cache, and the Hub cannot be reached (offline?)") from None
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        raise TransferError(f"{where}: download failed: {type(error).__name__}; run again to go on") from error
+    return Location(folder, repository, folder.name)  # the cache names a snapshot's folder by its commit

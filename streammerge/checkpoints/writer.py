@@ -1,0 +1,366 @@
+"""Writing a checkpoint: layout from headers alone, header first, tensors at their offsets, index last.
+
+The work happens in a hidden folder inside the output folder. Each finished shard is fsynced and recorded in
+a journal with its SHA-256; the index (or the single `model.safetensors`) moves into place last, so that a
+half-written folder never loads as a checkpoint. The same call again goes on behind the last finished shard.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from threading import Lock
+from typing import Any, Self
+
+from streammerge.checkpoints.checkpoint import INDEX_FILE, MANIFEST_FILE, SINGLE_FILE
+from streammerge.checkpoints.header import DTYPES, TensorInfo, encode_header, tensor_nbytes
+from streammerge.checkpoints.journal import Journal
+from streammerge.errors import OutputExistsError, TransferError
+from streammerge.units import format_size
+
+WORK_DIR = ".streammerge"
+_HASH_PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file to be written: its name, its header bytes, its tensors with absolute offsets, its size."""
+
+    file: str
+    header: bytes
+    tensors: tuple[TensorInfo, ...]
+    size: int
+
+
+def plan_shards(tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_bytes: int) -> tuple[Shard, ...]:
+    """Cut (name, dtype, shape) triples, in order, into shards of at most `max_shard_bytes` tensor bytes each.
+
+    A tensor larger than that gets a shard of its own. Within a shard wider dtypes come first, so that every
+    tensor is aligned to its element size, as the format's own writer does.
+    """
+    groups: list[list[TensorInfo]] = [[]]
+    filled = 0
+    for name, dtype, shape in tensors:
+        nbytes = tensor_nbytes(dtype, shape)
+        if groups[-1] and filled + nbytes > max_shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(TensorInfo(name, dtype, tuple(shape), "", 0, nbytes))
+        filled += nbytes
+    count = len(groups)
+    names = [SINGLE_FILE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    return tuple(_lay_out(file, group) for file, group in zip(names, groups, strict=True))
+
+
+def _lay_out(file: str, tensors: list[TensorInfo]) -> Shard:
+    ordered = sorted(tensors, key=lambda info: -DTYPES[info.dtype].bits)
+    placed, position = [], 0
+    for info in ordered:
+        placed.append(TensorInfo(info.name, info.dtype, info.shape, file, position, position + info.nbytes))
+        position += info.nbytes
+    header = encode_header(placed)
+    shift = len(header)
+    absolute = tuple(TensorInfo(t.name, t.dtype, t.shape, file, t.start + shift, t.stop + shift) for t in placed)
+    return Shard(file, header, absolute, shift + position)
+
+
+def check_output(folder: Path, inputs: Iterable[Path], overwrite: bool) -> None:
+    """Refuse an output folder that is an input or holds something else than an unfinished run of ours.
+
+    With `overwrite`, a finished checkpoint of ours is fine too, as long as it holds nothing we did not write.
+
+    Raises:
+        OutputExistsError: naming what is in the way and what to do.
+    """
+    for path in inputs:
+        if folder.resolve() == path.resolve():
+            raise OutputExistsError(f"output folder {folder} is also an input: choose another --out")
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(f"output {folder} is a file: choose another --out")
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if not found:
+        return
+    ours = _files_of_manifest(folder)
+    if overwrite and ours is not None:
+        foreign = found - {Path(name).parts[0] for name in ours} - {WORK_DIR}
+        if foreign:
+            raise OutputExistsError(f"output folder {folder} also holds {min(foreign)!r}, which is not ours to remove")
+    elif WORK_DIR not in found:
+        advice = "or replace that merge with --overwrite" if ours is not None else "or empty it"
+        raise OutputExistsError(f"output folder {folder} is not empty ({min(found)!r}): choose another --out {advice}")
+
+
+def _files_of_manifest(folder: Path) -> list[str] | None:
+    """The files of a finished checkpoint of ours; None where there is none, or its manifest names a file elsewhere."""
+    try:
+        paths = [PurePosixPath(name) for name in json.loads((folder / MANIFEST_FILE).read_text("utf-8"))["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if any(path.is_absolute() or not path.parts or ".." in path.parts for path in paths):
+        return None
+    return [MANIFEST_FILE, *(str(path) for path in paths)]
+
+
+@contextmanager
+def _transfer(path: Path, doing: str) -> Iterator[None]:
+    """Turn what the operating system refuses into TransferError."""
+    try:
+        yield
+    except TransferError:
+        raise
+    except OSError as error:
+        raise TransferError(f"{path}: {doing}: {error.strerror or error}") from error
+
+
+class _ShardFile:
+    """One open shard: positioned writes from any thread, hashed from the front as tensors complete."""
+
+    def __init__(self, shard: Shard, path: Path) -> None:
+        self.shard = shard
+        self.path = path
+        self.complete: set[str] = set()
+        self.digest = hashlib.sha256(shard.header)
+        self.hashed = 0  # tensors hashed so far, in file order
+        with _transfer(path, f"cannot reserve {format_size(shard.size)}"):
+            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(self.fd, 0, shard.size)
+                else:
+                    os.ftruncate(self.fd, shard.size)
+                self.write(0, memoryview(shard.header))
+            except BaseException:
+                os.close(self.fd)
+                raise
+
+    def write(self, offset: int, data: memoryview) -> None:
+        while data:
+            with _transfer(self.path, f"writing at byte {offset}"):
+                count = os.pwrite(self.fd, data, offset)
+            data, offset = data[count:], offset + count
+
+    def hash_ahead(self) -> bool:
+        """Hash every tensor that is complete and next in line; True when the whole shard is hashed."""
+        while self.hashed < len(self.shard.tensors) and self.shard.tensors[self.hashed].name in self.complete:
+            info = self.shard.tensors[self.hashed]
+            position = info.start
+            while position < info.stop:
+                with _transfer(self.path, f"reading back at byte {position}"):
+                    piece = os.pread(self.fd, min(_HASH_PIECE, info.stop - position), position)
+                if not piece:
+                    raise TransferError(f"{self.path}: ended at byte {position} while being hashed: has it changed?")
+                self.digest.update(piece)
+                position += len(piece)
+            self.hashed += 1
+        return self.hashed == len(self.shard.tensors)
+
+
+class CheckpointWriter:
+    """Writes a planned checkpoint into `folder`. Use as a context manager around writing and `publish`.
+
+    Args:
+        folder: the output folder, already accepted by `check_output`.
+        shards: the layout.
+        identity: what the bytes depend on; a run left unfinished under another identity is refused.
+        fresh: start anew instead of going on behind the last finished shard.
+
+    Attributes:
+        finished: file -> {"bytes", "sha256", "tensors": {name: entry}} of every shard that is done.
+
+    Raises:
+        OutputExistsError: the folder holds an unfinished run of another identity.
+        TransferError: the disk is full or fails. What is done stays, for the next run.
+    """
+
+    def __init__(
+        self, folder: Path, shards: Sequence[Shard], identity: Mapping[str, Any], *, fresh: bool = False
+    ) -> None:
+        self.folder, self.work, self.shards = folder, folder / WORK_DIR, shards
+        self.finished: dict[str, dict[str, Any]] = {}
+        self._shard_of = {info.name: shard for shard in shards for info in shard.tensors}
+        self._info_of = {info.name: info for shard in shards for info in shard.tensors}
+        self._files: dict[str, _ShardFile] = {}
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._lock = Lock()
+        self._created = not folder.exists()
+        with _transfer(self.work, "cannot be prepared"):
+            if fresh and self.work.exists():
+                shutil.rmtree(self.work)
+            self.work.mkdir(parents=True, exist_ok=True)
+            self._journal = Journal(self.work / "journal")
+        self._hasher = ThreadPoolExecutor(1, "streammerge-hash")
+        self._hashing: list[Future[None]] = []
+        try:
+            layout = hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest()
+            with _transfer(self.work, "resuming"):
+                self._resume(json.loads(json.dumps({**identity, "layout": layout})))
+        except BaseException:
+            self._close()
+            raise
+
+    def info(self, name: str) -> TensorInfo:
+        """Where the tensor goes."""
+        return self._info_of[name]
+
+    def is_finished(self, name: str) -> bool:
+        """Whether the tensor's shard was finished by this or an earlier run."""
+        return self._shard_of[name].file in self.finished
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Write bytes of a tensor, from byte `start` of the tensor on. Any order, any thread."""
+        info = self._info_of[name]
+        if start < 0 or start + len(data) > info.nbytes:
+            raise ValueError(f"bytes {start}..{start + len(data)} of {name!r}, which has {info.nbytes}")
+        self._open(self._shard_of[name]).write(info.start + start, data)
+
+    def complete(self, name: str, entry: Mapping[str, Any]) -> None:
+        """All bytes of the tensor are written; `entry` is what the journal and the report keep of it."""
+        shard = self._shard_of[name]
+        file = self._open(shard)
+        with self._lock:
+            self._entries[name] = dict(entry)
+            file.complete.add(name)
+            self._hashing = [f for f in self._hashing if not f.done() or f.exception()]
+            self._hashing.append(self._hasher.submit(self._advance, file))
+
+    def publish(self, files: Mapping[str, bytes | Path]) -> None:
+        """Move everything into place: other files first, then the shards, the manifest, the index.
+
+        Args:
+            files: name -> content, or the file to copy.
+        """
+        self.wait()
+        missing = [shard.file for shard in self.shards if shard.file not in self.finished]
+        if missing:
+            raise RuntimeError(f"{missing[0]} is not complete")  # a bug of ours, never the user's doing
+        staged = {name: self._stage(name, content) for name, content in files.items()}
+        if len(self.shards) > 1:
+            staged[INDEX_FILE] = self._stage(INDEX_FILE, self._index())
+        shards = {s.file: self.work / s.file for s in self.shards if (self.work / s.file).exists()}
+        last = (MANIFEST_FILE, INDEX_FILE, SINGLE_FILE)
+        everything = {**staged, **shards}
+        with _transfer(self.folder, "moving the finished files into place"):
+            self._remove_previous()
+            for name in sorted(everything, key=lambda name: last.index(name) if name in last else -1):
+                target = self.folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(everything[name], target)
+            _fsync_folder(self.folder)
+            self._close()
+            shutil.rmtree(self.work)
+
+    def wait(self) -> None:
+        """Wait for the hashing thread; raise what went wrong there."""
+        with self._lock:
+            pending, self._hashing = self._hashing, []
+        for future in pending:
+            future.result()
+
+    def discard(self) -> None:
+        """Remove what this run wrote, and the folder if this run made it."""
+        self._close()
+        shutil.rmtree(self.work, ignore_errors=True)
+        if self._created and self.folder.exists() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._close()
+
+    def _resume(self, identity: dict[str, Any]) -> None:
+        entries = self._journal.entries
+        if not entries:
+            self._journal.append({"identity": identity})
+            return
+        known = entries[0].get("identity", {})
+        if known != identity:
+            keys = sorted(key for key in {*known, *identity} if known.get(key, ()) != identity.get(key, ()))
+            raise OutputExistsError(
+                f"output folder {self.folder} holds an unfinished run that differs in {', '.join(keys)}: "
+                "repeat that command to finish it, choose another --out, or start anew with --overwrite"
+            )
+        by_file = {shard.file: shard for shard in self.shards}
+        for entry in entries[1:]:
+            path = next((p for p in (self.work / entry["file"], self.folder / entry["file"]) if p.exists()), None)
+            intact = path is not None and path.stat().st_size == by_file[entry["file"]].size
+            if path is not None and intact and _sha256(path) == entry["sha256"]:
+                self._finish(entry)
+
+    def _finish(self, entry: Mapping[str, Any]) -> None:
+        self.finished[entry["file"]] = {key: entry[key] for key in ("bytes", "sha256", "tensors")}
+
+    def _open(self, shard: Shard) -> _ShardFile:
+        with self._lock:
+            if shard.file in self.finished:
+                raise RuntimeError(f"{shard.file} is already finished")  # opening it again would empty it
+            if shard.file not in self._files:
+                self._files[shard.file] = _ShardFile(shard, self.work / shard.file)
+            return self._files[shard.file]
+
+    def _advance(self, file: _ShardFile) -> None:
+        if file.shard.file in self.finished or not file.hash_ahead():
+            return
+        shard = file.shard
+        tensors = {info.name: self._entries.pop(info.name) for info in shard.tensors}
+        entry = {"file": shard.file, "bytes": shard.size, "sha256": file.digest.hexdigest(), "tensors": tensors}
+        with _transfer(file.path, "cannot be made durable"):
+            os.fsync(file.fd)
+            self._journal.append(entry)
+        self._finish(entry)
+        with self._lock:
+            os.close(self._files.pop(shard.file).fd)
+
+    def _stage(self, name: str, content: bytes | Path) -> Path:
+        path = self.work / "files" / name
+        with _transfer(path, f"cannot be copied from {content}" if isinstance(content, Path) else "cannot be written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as target:
+                if isinstance(content, bytes):
+                    target.write(content)
+                else:
+                    with content.open("rb") as source:
+                        shutil.copyfileobj(source, target)
+                target.flush()
+                os.fsync(target.fileno())
+        return path
+
+    def _index(self) -> bytes:
+        total = sum(info.nbytes for info in self._info_of.values())
+        weight_map = {name: self._shard_of[name].file for name in sorted(self._shard_of)}
+        return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode() + b"\n"
+
+    def _remove_previous(self) -> None:
+        """Remove a finished checkpoint of ours, what makes it loadable first (`check_output` allowed it)."""
+        previous = _files_of_manifest(self.folder) or []
+        recovered = {shard.file for shard in self.shards if not (self.work / shard.file).exists()}
+        for name in sorted(previous, key=lambda name: (name not in (INDEX_FILE, SINGLE_FILE), name == MANIFEST_FILE)):
+            if name not in recovered:
+                (self.folder / name).unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        self._hasher.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            for file in self._files.values():
+                os.close(file.fd)
+            self._files.clear()
+            self._journal.close()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

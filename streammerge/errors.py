@@ -1,0 +1,65 @@
+"""Every error streammerge raises on purpose. Catch `StreammergeError` to catch them all.
+
+    StreammergeError
+     +-- RecipeError (ValueError)           the request: an unknown method, key, option or value
+     +-- CheckpointError                    the data of one model
+     |    +-- HeaderError                   a safetensors header or an index that breaks the format
+     |    +-- MissingTensorError (KeyError) a tensor that should be there and is not
+     |    +-- IncompatibleCheckpointsError  models that cannot be merged: every mismatch, not the first
+     +-- MemoryBudgetError                  --max-ram or --max-vram too small, with the smallest that works
+     +-- TransferError (OSError)            bytes that could not be read, written, downloaded or uploaded
+     +-- OutputExistsError                  an output folder that holds something else
+
+Messages name the model, the file and the tensor, and the option or call that mends it.
+"""
+
+from collections.abc import Sequence
+
+
+class StreammergeError(Exception):
+    """Base class of all errors raised on purpose."""
+
+
+class RecipeError(StreammergeError, ValueError):
+    """The recipe asks for something that does not exist or makes no sense."""
+
+
+class CheckpointError(StreammergeError):
+    """A model's files cannot be used as they are."""
+
+
+class HeaderError(CheckpointError):
+    """A safetensors header or an index file is malformed."""
+
+
+class MissingTensorError(CheckpointError, KeyError):
+    """A tensor is not in the checkpoint it is asked of."""
+
+    def __str__(self) -> str:
+        # KeyError would show the repr of the message, quotes and all.
+        return Exception.__str__(self)
+
+
+class IncompatibleCheckpointsError(CheckpointError):
+    """Checkpoints that cannot be merged with one another.
+
+    Args:
+        summary: one line saying what was compared.
+        mismatches: every difference found, one line each.
+    """
+
+    def __init__(self, summary: str, mismatches: Sequence[str]) -> None:
+        self.mismatches = tuple(mismatches)
+        super().__init__("\n  - ".join([summary, *self.mismatches]))
+
+
+class MemoryBudgetError(StreammergeError):
+    """The memory budget cannot hold the smallest piece of work."""
+
+
+class TransferError(StreammergeError, OSError):
+    """Bytes could not be moved: disk or network."""
+
+
+class OutputExistsError(StreammergeError):
+    """The output folder is not free to be written."""

@@ -1,0 +1,155 @@
+"""A Fisher is a checkpoint: safetensors under the base's tensor names, plus `fisher.json`.
+
+`fisher.json` says which base and which settings it was made from, and holds the means and maxima per
+decoder block and per tensor, taken from the float32 accumulators before they were rounded for storage.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from streammerge.checkpoints.checkpoint import Checkpoint
+from streammerge.errors import CheckpointError, IncompatibleCheckpointsError
+from streammerge.schema import Strict, build
+
+FISHER_FILE = "fisher.json"
+
+StoredDType = Literal["bfloat16", "float32"]
+ComputeDType = Literal["bfloat16", "float16", "float32", "float64"]
+STORED_AS: dict[StoredDType, str] = {"bfloat16": "BF16", "float32": "F32"}
+
+
+class FisherSettings(Strict):
+    """How the Fisher is measured. `None` means: bfloat16 storage, or whatever a reused Fisher has."""
+
+    samples: int = Field(8, ge=1, description="random token sequences")
+    length: int = Field(64, ge=2, description="token ids per sequence")
+    seed: int = Field(42, ge=0, description="seed of the token ids")
+    compute_dtype: ComputeDType | None = Field(None, description="dtype of forward and backward; the checkpoint's own")
+    dtype: StoredDType | None = Field(None, description="dtype in which the Fisher is stored; bfloat16")
+    all_parameters: bool = Field(False, description="every parameter, not only the decoder blocks' matrices")
+
+
+class BaseIdentity(Strict):
+    """The base model a Fisher belongs to."""
+
+    id: str
+    revision: str | None
+    fingerprint: str
+
+
+class TensorFisher(Strict):
+    """Mean and maximum of one tensor's Fisher, from float32 accumulators, the mean in float64."""
+
+    block: int | None
+    numel: int
+    mean: float
+    max: float
+
+
+class BlockFisher(Strict):
+    """The Fisher of one decoder block, pooled over its matrices by element count."""
+
+    block: int
+    mean: float
+    max: float
+    share: float = Field(description="part of the sum over all blocks")
+
+
+class FisherRecord(Strict):
+    """The content of `fisher.json`."""
+
+    version: str
+    base: BaseIdentity
+    settings: FisherSettings
+    loss: float = Field(description="summed negative log-likelihood, mean over the sequences, in nats")
+    device: str
+    blocks: list[BlockFisher]
+    tensors: dict[str, TensorFisher]
+
+    @property
+    def ratio(self) -> float | None:
+        """Largest over smallest block mean; None where a block has none."""
+        means = [block.mean for block in self.blocks]
+        return max(means) / min(means) if means and min(means) > 0 else None
+
+
+def pool_blocks(tensors: dict[str, TensorFisher], matrices: Iterable[str]) -> list[BlockFisher]:
+    """Pool the tensors' means into blocks by element count, over the named matrices only."""
+    groups: dict[int, list[TensorFisher]] = {}
+    for name in matrices:
+        block = tensors[name].block
+        if block is not None:
+            groups.setdefault(block, []).append(tensors[name])
+    sums = {block: sum(t.mean * t.numel for t in group) for block, group in sorted(groups.items())}
+    total = sum(sums.values())
+    return [
+        BlockFisher(
+            block=block,
+            mean=sums[block] / sum(t.numel for t in groups[block]),
+            max=max(t.max for t in groups[block]),
+            share=sums[block] / total if total > 0 else 0.0,
+        )
+        for block in sums
+    ]
+
+
+def open_fisher(
+    folder: Path, base: Checkpoint, settings: FisherSettings, needed: Iterable[str]
+) -> tuple[Checkpoint, FisherRecord]:
+    """Open a Fisher for reuse, from its headers and `fisher.json` alone.
+
+    Raises:
+        CheckpointError: the folder holds no Fisher.
+        IncompatibleCheckpointsError: it was made with other settings, or its tensors are not the base's.
+    """
+    path = folder / FISHER_FILE
+    if not path.is_file():
+        raise CheckpointError(f"Fisher {folder}: there is no {FISHER_FILE}; make one with: streammerge fisher")
+    try:
+        record = build(FisherRecord, json.loads(path.read_text("utf-8")), f"Fisher {folder}, file {FISHER_FILE}")
+    except ValueError as error:
+        raise CheckpointError(f"Fisher {folder}, file {FISHER_FILE}: {str(error)[:200]}") from None
+    checkpoint = Checkpoint.open(folder, id=f"Fisher {folder}", need_config=False)
+    mismatches = _differences(record.settings, settings)
+    for name in needed:
+        shape = base.info(name).shape
+        if name not in checkpoint.tensors or name not in record.tensors:
+            mismatches.append(f"tensor {name!r} is missing")
+        elif checkpoint.tensors[name].shape != shape:
+            mismatches.append(f"tensor {name!r} is {checkpoint.tensors[name].shape}, in the base {shape}")
+    if mismatches:
+        checkpoint.close()
+        raise IncompatibleCheckpointsError(
+            f"Fisher {folder} does not fit this merge; give the settings it was made with, or make another with "
+            "`streammerge fisher`:",
+            mismatches,
+        )
+    return checkpoint, record
+
+
+def check_same_base(record: FisherRecord, base: Checkpoint, fingerprint: str) -> None:
+    """Refuse a Fisher made from another base model.
+
+    Raises:
+        IncompatibleCheckpointsError: the content of the base differs from what the Fisher was made from.
+    """
+    if record.base.fingerprint != fingerprint:
+        made = record.base.id + (f"@{record.base.revision}" if record.base.revision else "")
+        raise IncompatibleCheckpointsError(
+            f"the Fisher was made from another base model; make one from {base.id} with `streammerge fisher`:",
+            [f"it was made from {made}, whose content differs from {base.id}"],
+        )
+
+
+def _differences(made: FisherSettings, wanted: FisherSettings) -> list[str]:
+    found = []
+    for key in ("samples", "length", "seed", "compute_dtype"):
+        if getattr(made, key) != getattr(wanted, key):
+            found.append(f"{key} is {getattr(made, key)}, asked for {getattr(wanted, key)}")
+    if wanted.dtype is not None and made.dtype != wanted.dtype:
+        found.append(f"dtype is {made.dtype}, asked for {wanted.dtype}")
+    return found

@@ -1,0 +1,187 @@
+"""Exact selection of the k largest scores of a stream, in constant memory and without a sort.
+
+Non-negative float32 values order like their bit patterns. A histogram of the high 16 bits finds the bin of
+the k-th largest, one of the low 16 bits inside that bin finds its value. Scores equal to it are kept in
+flat-index order until exactly k are kept; only where some of them must go does a third pass look for where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from streammerge.methods.api import Pass, Results, RowBlock, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Scores = Callable[[RowBlock], Sequence["Tensor"]]
+
+_NOTHING = 0x7FFFFFFF  # above every score
+_EVERYTHING = -1  # below every score
+
+
+def kept_count(density: float, numel: int) -> int:
+    """k = round(density * numel), half to even."""
+    return round(density * numel)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which elements of a unit are kept, for one expert.
+
+    Attributes:
+        kept: how many.
+        threshold: bit pattern of a score; every score above is kept.
+        ties: how many of the scores equal to it are kept too, the first in flat-index order.
+        cutoff: flat index from which on a tie is dropped; None until it is known.
+    """
+
+    kept: int
+    threshold: int
+    ties: int = 0
+    cutoff: int | None = None
+
+    @property
+    def is_final(self) -> bool:
+        return self.cutoff is not None
+
+    def mask(self, scores: Tensor, offset: int) -> Tensor:
+        """True where an element is kept: scores [r, c], the first of them at flat index `offset`."""
+        bits = _bits(scores)
+        cutoff = self.cutoff or 0
+        before = min(max(cutoff - offset, 0), bits.numel())  # elements of this block whose ties are kept
+        if before == bits.numel():
+            mask = bits >= self.threshold
+        else:
+            mask = bits > self.threshold
+            if before:
+                mask[:before] = bits[:before] >= self.threshold
+        return mask.view(scores.shape)
+
+
+def top_k_passes(scores: Scores, densities: Sequence[float], name: str = "selection") -> list[Pass]:
+    """The passes after which `results[name]` is one final Selection per expert.
+
+    Args:
+        scores: row block -> non-negative float32 [r, c] per expert.
+        densities: fraction kept per expert; k = round(density * n), n the elements of the unit.
+        name: key of the result.
+    """
+    return [_HighBits(scores, densities, name), _LowBits(scores, name), _Cutoff(scores, name)]
+
+
+class _HighBits(Pass):
+    def __init__(self, scores: Scores, densities: Sequence[float], name: str) -> None:
+        self.scores, self.densities, self.name = scores, densities, name
+
+    def start(self, unit: Unit, done: Results) -> Any:
+        counts = [kept_count(density, unit.numel) for density in self.densities]
+        return {"kept": counts, "numel": unit.numel, "histograms": [None] * len(counts)}
+
+    def update(self, state: Any, block: RowBlock) -> None:
+        for i, scores in enumerate(self.scores(block)):
+            if 0 < state["kept"][i] < state["numel"]:
+                histogram = (_bits(scores) >> 16).bincount(minlength=1 << 15)
+                _add(state["histograms"], i, histogram)
+
+    def finish(self, state: Any) -> list[Selection]:
+        selections = []
+        for kept, histogram in zip(state["kept"], state["histograms"], strict=True):
+            if kept == 0:
+                selections.append(Selection(0, _NOTHING, 0, 0))
+            elif kept == state["numel"]:
+                selections.append(Selection(kept, _EVERYTHING, 0, 0))
+            else:
+                high, within = _descend(histogram, kept)
+                selections.append(Selection(kept, high << 16, within))
+        return selections
+
+
+class _LowBits(Pass):
+    """Refines a threshold known to its high bits, with `ties` scores to keep inside that bin."""
+
+    def __init__(self, scores: Scores, name: str) -> None:
+        self.scores, self.name = scores, name
+
+    def start(self, unit: Unit, done: Results) -> Any | None:
+        selections = done[self.name]
+        if all(selection.is_final for selection in selections):
+            return None
+        return {"selections": selections, "numel": unit.numel, "histograms": [None] * len(selections)}
+
+    def update(self, state: Any, block: RowBlock) -> None:
+        for i, scores in enumerate(self.scores(block)):
+            selection = state["selections"][i]
+            if not selection.is_final:
+                bits = _bits(scores)
+                inside = bits[(bits >> 16) == (selection.threshold >> 16)] & 0xFFFF
+                _add(state["histograms"], i, inside.bincount(minlength=1 << 16))
+
+    def finish(self, state: Any) -> list[Selection]:
+        refined = []
+        for selection, histogram in zip(state["selections"], state["histograms"], strict=True):
+            if not selection.is_final:
+                low, ties = _descend(histogram, selection.ties)
+                keeps_all = ties == int(histogram[low])
+                selection = replace(
+                    selection,
+                    threshold=selection.threshold | low,
+                    ties=ties,
+                    cutoff=state["numel"] if keeps_all else None,
+                )
+            refined.append(selection)
+        return refined
+
+
+class _Cutoff(Pass):
+    """Finds the flat index behind the last tie that is kept."""
+
+    def __init__(self, scores: Scores, name: str) -> None:
+        self.scores, self.name = scores, name
+
+    def start(self, unit: Unit, done: Results) -> Any | None:
+        selections = done[self.name]
+        if all(selection.is_final for selection in selections):
+            return None
+        return {"selections": list(selections), "left": [selection.ties for selection in selections]}
+
+    def update(self, state: Any, block: RowBlock) -> None:
+        for i, scores in enumerate(self.scores(block)):
+            selection = state["selections"][i]
+            if selection.is_final:
+                continue
+            ties = (_bits(scores) == selection.threshold).nonzero()
+            if len(ties) >= state["left"][i]:
+                cutoff = block.offset + int(ties[state["left"][i] - 1]) + 1
+                state["selections"][i] = replace(selection, cutoff=cutoff)
+            state["left"][i] -= len(ties)
+
+    def finish(self, state: Any) -> list[Selection]:
+        return state["selections"]  # type: ignore[no-any-return]
+
+
+def _bits(scores: Tensor) -> Tensor:
+    """The bit patterns of non-negative float32 scores, flat: int32, in the same order as the scores."""
+    flat = scores.float().reshape(-1)
+    return flat.view(_int32())
+
+
+def _int32() -> Any:
+    import torch
+
+    return torch.int32
+
+
+def _add(histograms: list[Tensor | None], index: int, histogram: Tensor) -> None:
+    total = histograms[index]
+    histograms[index] = histogram if total is None else total.add_(histogram)
+
+
+def _descend(histogram: Tensor, count: int) -> tuple[int, int]:
+    """The bin of the count-th largest value, and how many values of that bin are among the `count` largest."""
+    from_top = histogram.flip(0).cumsum(0)
+    position = int((from_top < count).sum())
+    above = int(from_top[position - 1]) if position else 0
+    return len(histogram) - 1 - position, count - above

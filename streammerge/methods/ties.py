@@ -1,0 +1,91 @@
+"""TIES: trim, elect sign, disjoint merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from streammerge.methods.api import ExpertParameters, Method, Pass, Results, RowBlock, TensorContext, Unit
+from streammerge.methods.selection import top_k_passes
+from streammerge.schema import Strict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TiesParameters(Strict):
+    scale: float = Field(1.0, description="factor on the merged task vector (the paper's lambda)")
+    normalize: bool = Field(True, description="divide by the coefficients that agree; off: plain sum")
+
+
+class TiesExpert(ExpertParameters):
+    density: float = Field(0.2, ge=0, le=1, description="fraction of each tensor's task vector that is kept")
+
+
+class Ties(Method):
+    """Trim each task vector to its largest entries, elect a sign per element, average what agrees:
+
+        d_i = top-k of |theta_i - theta_0|, k = round(density_i * n);  y_i = c_i d_i;  S = sign(sum_i y_i)
+        theta = theta_0 + scale * sum_{i: sign(y_i) = S} y_i / sum_{i: sign(y_i) = S} c_i
+
+    Convention: three formulas are called TIES. Here, as in mergekit, the sign is elected on the scaled task
+    vectors, zero counts as +, and the divisor is the sum of the agreeing coefficients; trimmed entries never
+    agree. Density is per tensor. Exactly k entries are kept, ties in flat-index order (mergekit: k rounds down,
+    ties fall as its sort likes). With one expert and coefficient c the divisor cancels c: use `scale`.
+    Reference: Yadav et al., TIES-Merging, arXiv 2306.01708.
+    """
+
+    Parameters = TiesParameters
+    Expert = TiesExpert
+    summary = "trim by magnitude, elect sign, disjoint mean"
+    reference = "arXiv 2306.01708"
+
+    def passes(self, unit: Unit) -> Sequence[Pass]:
+        return top_k_passes(_magnitudes, [expert.density for expert in self.experts])
+
+    def apply(self, block: RowBlock, results: Results) -> Tensor:
+        selections = results["selection"]
+        vectors = []
+        for vector, selection, expert in zip(block.task_vectors, selections, self.experts, strict=True):
+            vectors.append(vector * selection.mask(vector.abs(), block.offset) * expert.coefficient)
+        divisors = [expert.coefficient for expert in self.experts] if self.parameters.normalize else None
+        return block.base + disjoint_merge(vectors, divisors) * self.parameters.scale
+
+    def report(self, tensor: TensorContext, results: Results) -> dict[str, Any]:
+        return {
+            "coefficient": [expert.coefficient for expert in self.experts],
+            "kept": [selection.kept for selection in results["selection"]],
+        }
+
+
+def disjoint_merge(vectors: Sequence[Tensor], divisors: Sequence[float] | None) -> Tensor:
+    """Elect a sign per element and merge the entries that have it.
+
+        S = sign(sum_i y_i), zero counts as +;   sum_{i: sign(y_i) = S} y_i / sum_{i: sign(y_i) = S} c_i
+
+    Args:
+        vectors: y, m times [r, c], scaled task vectors; exact zeros never agree.
+        divisors: c per vector (1 each: divide by the count); None: do not divide.
+    """
+    total = vectors[0]
+    for vector in vectors[1:]:
+        total = total + vector
+    positive = total >= 0
+    merged = divisor = None
+    for i, vector in enumerate(vectors):
+        agrees = ((vector > 0) == positive) & (vector != 0)
+        part = vector * agrees
+        merged = part if merged is None else merged + part
+        if divisors is not None:
+            share = agrees.to(vector.dtype) * divisors[i]
+            divisor = share if divisor is None else divisor + share
+    assert merged is not None  # there is at least one expert
+    if divisor is not None:
+        merged = merged / divisor.masked_fill(divisor == 0, 1.0)
+    return merged
+
+
+def _magnitudes(block: RowBlock) -> list[Tensor]:
+    return [vector.abs() for vector in block.task_vectors]

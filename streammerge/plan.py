@@ -1,0 +1,233 @@
+"""Recipe + headers -> MergePlan: every check and every byte of the layout, before any data is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from streammerge.budget import (
+    DEFAULT_MAX_RAM,
+    FISHER_IMPORT_BYTES,
+    IMPORT_BYTES,
+    Budget,
+    fisher_bytes,
+    make_budget,
+    unit_bytes,
+)
+from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
+from streammerge.checkpoints.header import TensorInfo
+from streammerge.checkpoints.locate import locate
+from streammerge.checkpoints.writer import Shard, plan_shards
+from streammerge.compatibility import Match, match_experts, refuse_quantised
+from streammerge.fisher.store import STORED_AS, FisherRecord, open_fisher
+from streammerge.methods.api import Method, TensorContext, Unit
+from streammerge.recipe import Recipe, Resolved, resolve_method
+
+# What is done with a tensor: merged, copied from the base, or copied after a check that all inputs agree.
+Action = Literal["merge", "copy", "same"]
+
+
+@dataclass
+class MergePlan:
+    """Everything a merge will do. Use as a context manager: it holds the inputs open.
+
+    Attributes:
+        recipe: the recipe.
+        base, experts: the checkpoints.
+        matches: each expert's tensors under the base's names.
+        fisher: the Fisher to reuse, with its record; None: to be measured, or not needed.
+        resolved: the method with every parameter filled in.
+        actions: what is done with each output tensor, by name.
+        units: the work, in output order.
+        shards: the output's layout.
+        budget: memory of the merge.
+        notes: what a user should know and need not mend.
+    """
+
+    recipe: Recipe
+    base: Checkpoint
+    experts: list[Checkpoint]
+    matches: list[Match]
+    fisher: tuple[Checkpoint, FisherRecord] | None
+    resolved: Resolved
+    actions: dict[str, Action]
+    units: list[Unit]
+    shards: tuple[Shard, ...]
+    budget: Budget
+    notes: list[str]
+
+    def __post_init__(self) -> None:
+        self._open = ExitStack()
+
+    @property
+    def method(self) -> Method:
+        return self.resolved.method
+
+    @property
+    def contexts(self) -> list[TensorContext]:
+        return [tensor for unit in self.units for tensor in unit.tensors]
+
+    @property
+    def surveyed(self) -> list[TensorContext]:
+        """The tensors the method looks at before it merges anything."""
+        return [tensor for tensor in self.contexts if self.method.survey(tensor) is not None]
+
+    def passes(self, unit: Unit) -> int:
+        """How often the unit is gone through at most, the writing one included."""
+        merged = self.actions[unit.tensors[0].name] == "merge"
+        return 1 + (len(self.method.passes(unit)) if merged else 0)
+
+    def inputs(self, tensor: TensorContext) -> list[TensorInfo]:
+        """The tensor in the base, the experts and, where it is read, the Fisher."""
+        base = self.base.tensors[tensor.name]
+        infos = [base]
+        if self.actions[tensor.name] != "copy":
+            infos += [match.tensors[tensor.name] for match in self.matches]
+        if self.actions[tensor.name] == "merge" and self.method.reads_fisher(tensor):
+            infos.append(self._fisher_info(base))
+        return infos
+
+    def survey_inputs(self, tensor: TensorContext) -> list[TensorInfo]:
+        """The tensor in every checkpoint that the method's survey reads."""
+        base = self.base.tensors[tensor.name]
+        infos = [base, *(match.tensors[tensor.name] for match in self.matches)]
+        survey = self.method.survey(tensor)
+        return [*infos, self._fisher_info(base)] if survey and survey.reads_fisher else infos
+
+    def _fisher_info(self, base: TensorInfo) -> TensorInfo:
+        """The Fisher's tensor; before it is measured, one of the size it will have."""
+        if self.fisher is not None:
+            return self.fisher[0].info(base.name)
+        dtype = self.recipe.fisher.dtype or "bfloat16"
+        width = 4 if dtype == "float32" else 2
+        return TensorInfo(base.name, STORED_AS[dtype], base.shape, "", 0, width * base.numel)
+
+    def survey_bytes(self, unit: Unit) -> int:
+        """What the survey of a unit reads."""
+        return sum(info.nbytes for tensor in unit.tensors for info in self.survey_inputs(tensor))
+
+    def merge_bytes(self, unit: Unit) -> int:
+        """What the merge of a unit reads at most: once where it fits the buffer, else once per pass."""
+        inputs = {tensor.name: self.inputs(tensor) for tensor in unit.tensors}
+        size = sum(info.nbytes for group in inputs.values() for info in group)
+        return size * (1 if unit_bytes(unit, inputs) <= self.budget.buffer_bytes else self.passes(unit))
+
+    def bytes_to_read(self) -> int:
+        """What survey and merge read together, at most; a Fisher pass reads the base's blocks twice besides."""
+        surveys = sum(self.survey_bytes(Unit(tensor.name, (tensor,))) for tensor in self.surveyed)
+        return surveys + sum(self.merge_bytes(unit) for unit in self.units)
+
+    def summary(self) -> dict[str, Any]:
+        """What `streammerge plan` prints."""
+        merges = IMPORT_BYTES + self.budget.total
+        measures = self.method.needs_fisher and self.fisher is None
+        fisher = fisher_bytes(self.base, self.recipe.fisher) if measures else 0
+        return {
+            "method": self.recipe.method,
+            "parameters_of_method": self.resolved.parameters,
+            "base": self.base.id,
+            "models": [
+                {"model": expert.id, **values}
+                for expert, values in zip(self.experts, self.resolved.experts, strict=True)
+            ],
+            "tensors": len(self.contexts),
+            "parameters": sum(tensor.numel for tensor in self.contexts),
+            "merged": sum(action == "merge" for action in self.actions.values()),
+            "copied": sum(action != "merge" for action in self.actions.values()),
+            "passes": max(self.passes(unit) for unit in self.units),
+            "bytes_to_read": self.bytes_to_read(),
+            "fisher_bytes_to_read": _fisher_bytes_to_read(self.base) if measures else 0,
+            "bytes_to_write": sum(shard.size for shard in self.shards),
+            "shards": len(self.shards),
+            "workers": self.budget.workers,
+            "peak_host_bytes": max(merges, FISHER_IMPORT_BYTES + fisher if measures else 0),
+            "peak_merge_bytes": merges,
+            "peak_fisher_bytes": fisher,
+            "fisher": "none" if not self.method.needs_fisher else self.recipe.fisher_from or "measured on random tokens",
+            "notes": self.notes,
+        }
+
+    def close(self) -> None:
+        self._open.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def make_plan(recipe: Recipe, *, max_ram: int = DEFAULT_MAX_RAM, threads: int | None = None) -> MergePlan:
+    """Open every input's headers, check them against one another and lay out the output.
+
+    Args:
+        recipe: what to merge.
+        max_ram: bytes for buffers and temporaries, on top of what importing torch takes.
+        threads: workers; the processors by default, at most 8.
+
+    Raises:
+        RecipeError, CheckpointError, IncompatibleCheckpointsError, MemoryBudgetError: see there.
+    """
+    with ExitStack() as stack:
+        base = stack.enter_context(_open(recipe.base))
+        refuse_quantised(base)
+        resolved = resolve_method(recipe, sum(info.numel for info in base.tensors.values()))
+        experts = [stack.enter_context(_open(spec.model)) for spec in recipe.models]
+        for expert in experts:
+            refuse_quantised(expert)
+        matches = match_experts(base, experts)
+        method = resolved.method
+        prefix = decoder_prefix(base.tensors)
+        shards = plan_shards(
+            ((name, info.dtype, info.shape) for name, info in base.tensors.items()), recipe.max_shard_bytes
+        )
+        contexts = [
+            TensorContext(info.name, info.shape, info.dtype, block_index(info.name, prefix))
+            for shard in shards
+            for info in shard.tensors
+        ]
+        actions = {tensor.name: _action(method, tensor, base) for tensor in contexts}
+        fisher = None
+        if method.needs_fisher and recipe.fisher_from is not None:
+            needed = [tensor.name for tensor in contexts if method.survey(tensor) is not None]
+            fisher = open_fisher(Path(recipe.fisher_from), base, recipe.fisher, needed)
+            stack.enter_context(fisher[0])
+        notes = [note for match in matches for note in match.notes]
+        units = _units(contexts, actions, method)
+        unbounded = Budget(1, 0, 0)
+        plan = MergePlan(
+            recipe, base, experts, matches, fisher, resolved, actions, units, shards, unbounded, notes
+        )
+        plan.budget = make_budget(max_ram, threads, units, {t.name: plan.inputs(t) for t in contexts})
+        plan._open = stack.pop_all()
+        return plan
+
+
+def _open(reference: str) -> Checkpoint:
+    location = locate(reference)
+    return Checkpoint.open(location.folder, id=location.id, revision=location.revision)
+
+
+def _action(method: Method, tensor: TensorContext, base: Checkpoint) -> Action:
+    if not method.merges(tensor) or tensor.numel == 0:
+        return "copy"
+    return "merge" if base.tensors[tensor.name].floating else "same"
+
+
+def _units(contexts: list[TensorContext], actions: Mapping[str, Action], method: Method) -> list[Unit]:
+    """The units in the order of their first tensor."""
+    groups: dict[str, list[TensorContext]] = {}
+    for tensor in contexts:
+        key = method.unit_of(tensor) if actions[tensor.name] == "merge" else tensor.name
+        groups.setdefault(key, []).append(tensor)
+    return [Unit(key, tuple(tensors)) for key, tensors in groups.items()]
+
+
+def _fisher_bytes_to_read(base: Checkpoint) -> int:
+    prefix = decoder_prefix(base.tensors)
+    return sum(
+        info.nbytes * (1 if block_index(name, prefix) is None else 2) for name, info in base.tensors.items()
+    )

@@ -1,0 +1,128 @@
+"""What to merge: a strict schema, its YAML form and its defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, field_validator
+
+from streammerge.errors import RecipeError
+from streammerge.fisher.store import FisherSettings
+from streammerge.methods import METHODS
+from streammerge.methods.api import Method, ModelFacts
+from streammerge.schema import Strict, build, suggest
+from streammerge.units import parse_size
+
+DEFAULT_METHOD = "fim_ties"
+DEFAULT_SHARD_SIZE = 5_000_000_000
+
+
+class ExpertSpec(Strict):
+    """One fine-tuned model and the parameters that are its own."""
+
+    model: str = Field(description="folder, org/name[@revision], or hf://org/name[@revision]")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="per-model parameters, e.g. coefficient")
+
+
+class Recipe(Strict):
+    """A merge job. Everything the output's bytes depend on, besides the input bytes, is in here."""
+
+    base: str = Field(description="base model: folder, org/name[@revision], or hf://org/name[@revision]")
+    models: list[ExpertSpec] = Field(min_length=1, description="fine-tuned models")
+    method: str = Field(DEFAULT_METHOD, description="merge method")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="the method's parameters")
+    fisher: FisherSettings = Field(default_factory=lambda: build(FisherSettings, {}, "fisher"))
+    fisher_from: str | None = Field(None, description="folder of a Fisher to reuse")
+    max_shard_bytes: int = Field(DEFAULT_SHARD_SIZE, ge=1, description="largest shard, e.g. 5GB")
+    allow_nonfinite: bool = Field(False, description="let NaN and Inf in the inputs through")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        """A fine-tuned model may be given as its name alone."""
+        return [{"model": m} if isinstance(m, str) else m for m in value] if isinstance(value, list) else value
+
+    @field_validator("method")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        name = value.replace("-", "_")
+        if name not in METHODS:
+            raise ValueError(f"there is no such method: {suggest(name, METHODS)}")
+        return name
+
+    @field_validator("max_shard_bytes", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> int:
+        return parse_size(value)
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """Make a recipe from plain values; raises RecipeError with all that is wrong in one line."""
+    return build(Recipe, values, "recipe")
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """Read the values of a YAML recipe.
+
+    Raises:
+        RecipeError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise RecipeError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise RecipeError(f"recipe {path}: must be a mapping with the keys {', '.join(Recipe.model_fields)}")
+    return values
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A recipe's method with every parameter filled in."""
+
+    method: Method
+    parameters: dict[str, Any]
+    experts: list[dict[str, Any]]
+
+
+def resolve_method(recipe: Recipe, parameter_count: int) -> Resolved:
+    """Split the recipe's parameters into the method's own and the per-model ones, and fill in defaults.
+
+    A per-model parameter among the method's `parameters` holds for every fine-tuned model: one value for all,
+    or a list with one each. What stands beside a model goes first.
+
+    Raises:
+        RecipeError: unknown or bad parameters, or a list of the wrong length.
+    """
+    cls = METHODS[recipe.method]
+    what = f"method {recipe.method}"
+    own = {key: value for key, value in recipe.parameters.items() if key not in cls.Expert.model_fields}
+    shared = {key: value for key, value in recipe.parameters.items() if key in cls.Expert.model_fields}
+    unknown = [key for key in own if key not in cls.Parameters.model_fields]
+    if unknown:
+        known = [*cls.Parameters.model_fields, *cls.Expert.model_fields]
+        raise RecipeError(f"{what} has no parameter {unknown[0]!r}: {suggest(unknown[0], known)}")
+    parameters = build(cls.Parameters, own, what)
+    experts = []
+    for index, spec in enumerate(recipe.models):
+        values = {key: _for_expert(key, value, index, recipe.models, what) for key, value in shared.items()}
+        experts.append(build(cls.Expert, values | spec.parameters, f"{what}, model {spec.model}"))
+    facts = ModelFacts(parameter_count, tuple(spec.model for spec in recipe.models))
+    method = cls(parameters, experts, facts)
+    return Resolved(method, parameters.model_dump(), [expert.model_dump() for expert in method.experts])
+
+
+def _for_expert(key: str, value: Any, index: int, models: Sequence[ExpertSpec], what: str) -> Any:
+    if not isinstance(value, list):
+        return value
+    if len(value) == 1:
+        return value[0]
+    if len(value) != len(models):
+        raise RecipeError(f"{what}: {len(value)} values of {key} for {len(models)} fine-tuned models: give one or {len(models)}")
+    return value[index]

@@ -1,0 +1,176 @@
+"""What a merge did: the manifest, the tables for the terminal, the model card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from streammerge._version import __version__
+from streammerge.methods.api import Method
+from streammerge.plan import MergePlan
+from streammerge.units import format_memory, format_size
+
+Row = Sequence[Any]
+
+
+def resolved_recipe(plan: MergePlan) -> dict[str, Any]:
+    """The recipe with every default filled in; as plain values, so that it can be run again."""
+    values = plan.recipe.model_dump()
+    values["parameters"] = plan.resolved.parameters
+    for model, parameters in zip(values["models"], plan.resolved.experts, strict=True):
+        model["parameters"] = parameters
+    return values
+
+
+def manifest(
+    plan: MergePlan,
+    method: Method,
+    sources: Sequence[Mapping[str, Any]],
+    entries: Mapping[str, Mapping[str, Any]],
+    shards: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """The content of `streammerge.json`."""
+    return {
+        "version": __version__,
+        "recipe": resolved_recipe(plan),
+        "sources": [dict(source) for source in sources],
+        "notes": plan.notes,
+        "blocks": method.block_table(),
+        "tensors": {name: dict(entry) for name, entry in entries.items()},
+        "shards": {file: {"bytes": shards[file]["bytes"], "sha256": shards[file]["sha256"]} for file in sorted(shards)},
+        "files": sorted(shards) if len(shards) == 1 else [*sorted(shards), "model.safetensors.index.json"],
+    }
+
+
+def block_rows(result: Mapping[str, Any]) -> tuple[Row, list[Row]]:
+    """Header and rows of the per-block table: Fisher, task vector, score, alpha, fraction kept, rescaled."""
+    header = ["block", "Fisher mean", "task vector^2", "score", "alpha", "kept", "rescaled"]
+    rows = []
+    for entry in result["blocks"]:
+        tensors = _tensors_of(entry, result)
+        kept, total = _kept(entry, tensors, result)
+        rescaled = sum(1 for tensor in tensors if tensor.get("rescaled"))
+        label = str(entry["block"]) + (f" {entry['tensor']}" if "tensor" in entry else "")
+        rows.append(
+            [
+                f"{entry['expert']}: {label}" if "expert" in entry else label,
+                _number(entry["fisher_mean"], ".3e"),
+                _number(entry["task_vector_mean_square"], ".3e"),
+                _number(entry["score"], ".3f"),
+                _number(entry["alpha"], ".4f"),
+                f"{100 * kept / total:.1f}%" if total else "-",
+                f"{rescaled} of {len(tensors)}",
+            ]
+        )
+    return header, rows
+
+
+def _tensors_of(entry: Mapping[str, Any], result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The manifest's entries of the matrices in a row of the block table."""
+    named = result["tensors"].items()
+    if "tensor" in entry:
+        return [tensor for name, tensor in named if name == entry["tensor"]]
+    return [t for _, t in named if t.get("block") == entry["block"] and len(t["shape"]) > 1]
+
+
+def _kept(entry: Mapping[str, Any], tensors: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> tuple[int, int]:
+    """Elements kept by the trim and elements in all, of one expert."""
+    experts = [model["model"] for model in result["recipe"]["models"]]
+    index = experts.index(entry["expert"]) if "expert" in entry else 0
+    trimmed = [tensor for tensor in tensors if "kept" in tensor]
+    counts = [t["kept"][index] if isinstance(t["kept"], list) else t["kept"] for t in trimmed]
+    return sum(counts), sum(tensor["numel"] for tensor in trimmed)
+
+
+def table(header: Row, rows: Sequence[Row]) -> str:
+    """Columns padded to width for a terminal, the first to the left and the others to the right."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        padded = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(padded).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def plan_text(summary: Mapping[str, Any]) -> str:
+    """What `streammerge plan` prints."""
+    fisher = summary["fisher"]
+    rows = [
+        ("base", summary["base"]),
+        *(("model", _with_parameters(model)) for model in summary["models"]),
+        ("method", f"{summary['method']} ({_pairs(summary['parameters_of_method'])})"),
+        ("Fisher", fisher),
+        ("tensors", f"{summary['tensors']} ({summary['merged']} merged, {summary['copied']} copied from the base)"),
+        ("parameters", f"{summary['parameters']:,}"),
+        ("to read", _to_read(summary)),
+        ("to write", f"{format_size(summary['bytes_to_write'])} in {summary['shards']} shard(s)"),
+        ("passes", f"at most {summary['passes']} over a tensor"),
+        ("workers", str(summary["workers"])),
+        ("host memory", f"{format_memory(summary['peak_host_bytes'])} at the peak (merge {format_memory(summary['peak_merge_bytes'])})"),
+    ]
+    if summary["peak_fisher_bytes"]:
+        rows.append(("Fisher memory", f"{format_memory(summary['peak_fisher_bytes'])} on its device"))
+    lines = [f"{key:14} {value}" for key, value in rows]
+    return "\n".join(lines + [f"note           {note}" for note in summary["notes"]])
+
+
+def _to_read(summary: Mapping[str, Any]) -> str:
+    text = f"{format_size(summary['bytes_to_read'])} at most"
+    fisher = summary["fisher_bytes_to_read"]
+    return text + (f", and {format_size(fisher)} for the Fisher" if fisher else "")
+
+
+def _with_parameters(model: Mapping[str, Any]) -> str:
+    values = {key: value for key, value in model.items() if key != "model"}
+    return f"{model['model']} ({_pairs(values)})" if values else str(model["model"])
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items()) or "no parameters"
+
+
+def model_card(plan: MergePlan, result: Mapping[str, Any]) -> str:
+    """The output's README.md: Hub metadata, the recipe, how to run it again, the per-block table."""
+    hub_ids = [source["id"] for source in result["sources"] if source["revision"] and source["role"] != "fisher"]
+    metadata: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "streammerge"]}
+    if hub_ids:
+        metadata = {"base_model": hub_ids, "base_model_relation": "merge", **metadata}
+    names = [plan.base.id, *(expert.id for expert in plan.experts)]
+    recipe = yaml.safe_dump(result["recipe"], sort_keys=False, allow_unicode=True)
+    sections = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
+        f"# Merge of {' and '.join(_code(name) for name in names[1:])} into {_code(names[0])}",
+        f"Made with streammerge {__version__}, method `{plan.recipe.method}` ({plan.method.summary}; "
+        f"{plan.method.reference}).",
+        "| role | model | revision |\n|---|---|---|\n"
+        + "\n".join(
+            f"| {source['role']} | {_code(source['id'])} | {source['revision'] or '-'} |"
+            for source in result["sources"]
+        ),
+        f"## Recipe\n\nSave as `recipe.yaml` and run `streammerge merge recipe.yaml --out merged`:\n\n```yaml\n{recipe}```",
+    ]
+    if result["notes"]:
+        sections.append("## Notes\n\n" + "\n".join(f"- {_plain(note)}" for note in result["notes"]))
+    if result["blocks"]:
+        header, rows = block_rows(result)
+        lines = [" | ".join(map(str, row)) for row in (header, ["---"] * len(header), *rows)]
+        sections.append("## Blocks\n\n" + "\n".join(f"| {_plain(line, keep='|')} |" for line in lines))
+    return "\n\n".join(sections) + "\n"
+
+
+def _code(text: str) -> str:
+    return f"`{_plain(text)}`"
+
+
+def _plain(text: str, keep: str = "") -> str:
+    """Text that cannot break out of a Markdown line or cell."""
+    return "".join(c for c in text if c.isprintable() and (c not in "`<>|" or c in keep))
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or math.isinf(value) else format(value, form)
