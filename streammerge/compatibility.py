@@ -32,7 +32,9 @@ _WORTH_A_NOTE = ("max_position_embeddings", "rope_theta", "rope_parameters", "ro
 _HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
-_QUANTISED = re.compile(r"\.(qweight|qzeros|scales|g_idx|weight_scale|weight_scale_inv|weight_packed|absmax|quant_map|.*_blocks)$")
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|weight_scale|weight_scale_inv|weight_packed|absmax|quant_map|\w+_blocks)$"
+)
 
 
 @dataclass
@@ -116,7 +118,7 @@ def _match_tensors(base: Checkpoint, expert: Checkpoint, match: Match) -> list[s
             continue
         if theirs.shape != info.shape:
             problems.append(f"tensor {name!r} is {list(theirs.shape)}, in the base {list(info.shape)}")
-        elif theirs.floating != info.floating or not info.floating and theirs.dtype != info.dtype:
+        elif theirs.floating != info.floating or (not info.floating and theirs.dtype != info.dtype):
             problems.append(f"tensor {name!r} is {theirs.dtype}, in the base {info.dtype}")
         match.tensors[name] = theirs
     for name, info in expert.tensors.items():
@@ -135,7 +137,9 @@ def _tied_head(name: str, expert: Checkpoint, match: Match) -> TensorInfo | None
         return None
     embedding = _embedding(expert)
     if embedding is not None:
-        match.notes.append(f"{expert.id}: ties {_HEAD!r} to {embedding.name!r}; that tensor was used for the base's head")
+        match.notes.append(
+            f"{expert.id}: ties {_HEAD!r} to {embedding.name!r}; that tensor was used for the base's head"
+        )
     return embedding
 
 
@@ -144,9 +148,9 @@ def _why_left_out(name: str, info: TensorInfo, base: Checkpoint) -> str | None:
     if _BUFFERS.search(name):
         return "a buffer that the model computes itself"
     embedding = _embedding(base)
-    if name == _HEAD and _setting(base, "tie_word_embeddings") and embedding is not None:
-        if info.shape == embedding.shape:
-            return f"the base ties its head to {embedding.name!r}, which serves as the head of the merged model too"
+    tied = name == _HEAD and _setting(base, "tie_word_embeddings")
+    if tied and embedding is not None and info.shape == embedding.shape:
+        return f"the base ties its head to {embedding.name!r}, which serves as the head of the merged model too"
     return None
 
 

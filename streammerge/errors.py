@@ -50,7 +50,8 @@ class IncompatibleCheckpointsError(CheckpointError):
 
     def __init__(self, summary: str, mismatches: Sequence[str]) -> None:
         self.mismatches = tuple(mismatches)
-        super().__init__("\n  - ".join([summary, *self.mismatches]))
+        separator = " " if len(self.mismatches) == 1 else "\n  - "
+        super().__init__(separator.join([summary, *self.mismatches]))
 
 
 class MemoryBudgetError(StreammergeError):

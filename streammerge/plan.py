@@ -19,12 +19,12 @@ from streammerge.budget import (
 )
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
 from streammerge.checkpoints.header import TensorInfo
-from streammerge.checkpoints.locate import locate
+from streammerge.checkpoints.locate import open_model
 from streammerge.checkpoints.writer import Shard, plan_shards
 from streammerge.compatibility import Match, match_experts, refuse_quantised
 from streammerge.fisher.store import STORED_AS, FisherRecord, open_fisher
 from streammerge.methods.api import Method, TensorContext, Unit
-from streammerge.recipe import Recipe, Resolved, resolve_method
+from streammerge.recipe import Recipe, Resolved, make_recipe, resolve_method
 
 # What is done with a tensor: merged, copied from the base, or copied after a check that all inputs agree.
 Action = Literal["merge", "copy", "same"]
@@ -146,7 +146,9 @@ class MergePlan:
             "peak_host_bytes": max(merges, FISHER_IMPORT_BYTES + fisher if measures else 0),
             "peak_merge_bytes": merges,
             "peak_fisher_bytes": fisher,
-            "fisher": "none" if not self.method.needs_fisher else self.recipe.fisher_from or "measured on random tokens",
+            "fisher": "none"
+            if not self.method.needs_fisher
+            else self.recipe.fisher_from or "measured on random tokens",
             "notes": self.notes,
         }
 
@@ -160,22 +162,25 @@ class MergePlan:
         self.close()
 
 
-def make_plan(recipe: Recipe, *, max_ram: int = DEFAULT_MAX_RAM, threads: int | None = None) -> MergePlan:
+def plan(
+    recipe: Recipe | Mapping[str, Any], *, max_ram: int = DEFAULT_MAX_RAM, threads: int | None = None
+) -> MergePlan:
     """Open every input's headers, check them against one another and lay out the output.
 
     Args:
-        recipe: what to merge.
+        recipe: what to merge; a mapping is read as one.
         max_ram: bytes for buffers and temporaries, on top of what importing torch takes.
         threads: workers; the processors by default, at most 8.
 
     Raises:
         RecipeError, CheckpointError, IncompatibleCheckpointsError, MemoryBudgetError: see there.
     """
+    recipe = make_recipe(recipe)
     with ExitStack() as stack:
-        base = stack.enter_context(_open(recipe.base))
+        base = stack.enter_context(open_model(recipe.base))
         refuse_quantised(base)
         resolved = resolve_method(recipe, sum(info.numel for info in base.tensors.values()))
-        experts = [stack.enter_context(_open(spec.model)) for spec in recipe.models]
+        experts = [stack.enter_context(open_model(spec.model)) for spec in recipe.models]
         for expert in experts:
             refuse_quantised(expert)
         matches = match_experts(base, experts)
@@ -198,17 +203,10 @@ def make_plan(recipe: Recipe, *, max_ram: int = DEFAULT_MAX_RAM, threads: int | 
         notes = [note for match in matches for note in match.notes]
         units = _units(contexts, actions, method)
         unbounded = Budget(1, 0, 0)
-        plan = MergePlan(
-            recipe, base, experts, matches, fisher, resolved, actions, units, shards, unbounded, notes
-        )
-        plan.budget = make_budget(max_ram, threads, units, {t.name: plan.inputs(t) for t in contexts})
-        plan._open = stack.pop_all()
-        return plan
-
-
-def _open(reference: str) -> Checkpoint:
-    location = locate(reference)
-    return Checkpoint.open(location.folder, id=location.id, revision=location.revision)
+        job = MergePlan(recipe, base, experts, matches, fisher, resolved, actions, units, shards, unbounded, notes)
+        job.budget = make_budget(max_ram, threads, units, {t.name: job.inputs(t) for t in contexts})
+        job._open = stack.pop_all()
+        return job
 
 
 def _action(method: Method, tensor: TensorContext, base: Checkpoint) -> Action:
@@ -228,6 +226,4 @@ def _units(contexts: list[TensorContext], actions: Mapping[str, Action], method:
 
 def _fisher_bytes_to_read(base: Checkpoint) -> int:
     prefix = decoder_prefix(base.tensors)
-    return sum(
-        info.nbytes * (1 if block_index(name, prefix) is None else 2) for name, info in base.tensors.items()
-    )
+    return sum(info.nbytes * (1 if block_index(name, prefix) is None else 2) for name, info in base.tensors.items())

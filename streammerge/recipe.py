@@ -11,6 +11,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from streammerge.errors import RecipeError
+from streammerge.fisher import DEFAULT_SHARD_BYTES
 from streammerge.fisher.store import FisherSettings
 from streammerge.methods import METHODS
 from streammerge.methods.api import Method, ModelFacts
@@ -18,7 +19,6 @@ from streammerge.schema import Strict, build, suggest
 from streammerge.units import parse_size
 
 DEFAULT_METHOD = "fim_ties"
-DEFAULT_SHARD_SIZE = 5_000_000_000
 
 
 class ExpertSpec(Strict):
@@ -37,7 +37,7 @@ class Recipe(Strict):
     parameters: dict[str, Any] = Field(default_factory=dict, description="the method's parameters")
     fisher: FisherSettings = Field(default_factory=lambda: build(FisherSettings, {}, "fisher"))
     fisher_from: str | None = Field(None, description="folder of a Fisher to reuse")
-    max_shard_bytes: int = Field(DEFAULT_SHARD_SIZE, ge=1, description="largest shard, e.g. 5GB")
+    max_shard_bytes: int = Field(DEFAULT_SHARD_BYTES, ge=1, description="largest shard, e.g. 5GB")
     allow_nonfinite: bool = Field(False, description="let NaN and Inf in the inputs through")
 
     @field_validator("models", mode="before")
@@ -60,9 +60,9 @@ class Recipe(Strict):
         return parse_size(value)
 
 
-def make_recipe(values: Mapping[str, Any]) -> Recipe:
+def make_recipe(values: Recipe | Mapping[str, Any]) -> Recipe:
     """Make a recipe from plain values; raises RecipeError with all that is wrong in one line."""
-    return build(Recipe, values, "recipe")
+    return values if isinstance(values, Recipe) else build(Recipe, values, "recipe")
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -124,5 +124,7 @@ def _for_expert(key: str, value: Any, index: int, models: Sequence[ExpertSpec], 
     if len(value) == 1:
         return value[0]
     if len(value) != len(models):
-        raise RecipeError(f"{what}: {len(value)} values of {key} for {len(models)} fine-tuned models: give one or {len(models)}")
+        raise RecipeError(
+            f"{what}: {len(value)} values of {key} for {len(models)} fine-tuned models: give one or {len(models)}"
+        )
     return value[index]

@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 
 from streammerge._version import __version__
+from streammerge.fisher.store import FisherRecord
 from streammerge.methods.api import Method
 from streammerge.plan import MergePlan
 from streammerge.units import format_memory, format_size
 
-Row = Sequence[Any]
+Row = list[str]
 
 
 def resolved_recipe(plan: MergePlan) -> dict[str, Any]:
@@ -68,6 +69,20 @@ def block_rows(result: Mapping[str, Any]) -> tuple[Row, list[Row]]:
     return header, rows
 
 
+def fisher_rows(record: FisherRecord) -> tuple[Row, list[Row]]:
+    """Header and rows of the per-block table of a Fisher, with a bar of the mean on a log scale."""
+    header = ["block", "mean", "max", "share", "log scale"]
+    logs = [math.log(block.mean) if block.mean > 0 else -math.inf for block in record.blocks]
+    finite = [value for value in logs if value > -math.inf]
+    low, span = (min(finite), max(finite) - min(finite)) if finite else (0.0, 0.0)
+    rows = []
+    for block, value in zip(record.blocks, logs, strict=True):
+        filled = 0 if value == -math.inf else 1 + round(19 * (value - low) / span) if span else 20
+        bar = ("#" * filled).ljust(20)
+        rows.append([str(block.block), f"{block.mean:.3e}", f"{block.max:.3e}", f"{100 * block.share:.1f}%", bar])
+    return header, rows
+
+
 def _tensors_of(entry: Mapping[str, Any], result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The manifest's entries of the matrices in a row of the block table."""
     named = result["tensors"].items()
@@ -87,11 +102,12 @@ def _kept(entry: Mapping[str, Any], tensors: Sequence[Mapping[str, Any]], result
 
 def table(header: Row, rows: Sequence[Row]) -> str:
     """Columns padded to width for a terminal, the first to the left and the others to the right."""
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    cells = [header, *rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = []
     for row in cells:
-        padded = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        padded = [first.strip().ljust(widths[0]), *others]
         lines.append("  ".join(padded).rstrip())
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
@@ -111,7 +127,11 @@ def plan_text(summary: Mapping[str, Any]) -> str:
         ("to write", f"{format_size(summary['bytes_to_write'])} in {summary['shards']} shard(s)"),
         ("passes", f"at most {summary['passes']} over a tensor"),
         ("workers", str(summary["workers"])),
-        ("host memory", f"{format_memory(summary['peak_host_bytes'])} at the peak (merge {format_memory(summary['peak_merge_bytes'])})"),
+        (
+            "host memory",
+            f"{format_memory(summary['peak_host_bytes'])} at the peak, "
+            f"{format_memory(summary['peak_merge_bytes'])} for the merge alone",
+        ),
     ]
     if summary["peak_fisher_bytes"]:
         rows.append(("Fisher memory", f"{format_memory(summary['peak_fisher_bytes'])} on its device"))
@@ -152,7 +172,8 @@ def model_card(plan: MergePlan, result: Mapping[str, Any]) -> str:
             f"| {source['role']} | {_code(source['id'])} | {source['revision'] or '-'} |"
             for source in result["sources"]
         ),
-        f"## Recipe\n\nSave as `recipe.yaml` and run `streammerge merge recipe.yaml --out merged`:\n\n```yaml\n{recipe}```",
+        "## Recipe\n\nSave as `recipe.yaml` and run `streammerge merge recipe.yaml --out merged`:\n\n"
+        f"```yaml\n{recipe}```",
     ]
     if result["notes"]:
         sections.append("## Notes\n\n" + "\n".join(f"- {_plain(note)}" for note in result["notes"]))

@@ -30,13 +30,11 @@ def parse_size(text: str | int) -> int:
 
 def format_size(count: float) -> str:
     """Three significant digits and a decimal unit: 1234567 -> "1.23 MB"."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if abs(count) < 999.5:
-            break
+    units = ["B", "KB", "MB", "GB", "TB"]
+    while abs(count) >= 999.5 and len(units) > 1:
         count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        units.pop(0)
+    return f"{count:.0f} B" if units[0] == "B" else f"{count:.3g} {units[0]}"
 
 
 def format_memory(count: float) -> str:

@@ -125,7 +125,7 @@ def naive_fim(
         trim: False keeps every element.
         elect: False sums the y_i (plain task arithmetic). Without effect for one expert.
         theta: "adaptive" = 1 / (max s - min s), or a fixed number.
-        importance: the score is the log of mean(F) mean(delta^2) ("product"), mean(F) ("fim") or mean(delta^2) ("norm").
+        importance: log of mean(F) mean(delta^2) ("product"), mean(F) ("fim") or mean(delta^2) ("norm").
         norm_tolerance: None leaves the norms alone.
     """
     base = {name: tensor.float() for name, tensor in base.items()}

@@ -146,7 +146,7 @@ def _pieces() -> tuple[list[bytes], list[float]]:
 
 
 def encode(text: str, bos: bool = True) -> list[int]:
-    """Greedy BPE of llama2.c: a space in front, characters (or their bytes), then the best-scored merge, again and again."""
+    """Greedy BPE of llama2.c: a space in front, characters (or their bytes), then the best-scored merge."""
     pieces, scores = _pieces()
     index = {piece: token for token, piece in reversed(list(enumerate(pieces)))}
     ids = []

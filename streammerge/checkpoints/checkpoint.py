@@ -27,6 +27,7 @@ _WEIGHT_SUFFIXES = (
     *(".tflite", ".mlmodel", ".index.json"),
 )
 _MAX_CONFIG_BYTES = 100_000_000
+_PART = re.compile(r"-\d+-of-(?!0*1\.)\d+\.safetensors$")  # one of several: alone it is not a model
 
 
 def torch_dtype(name: str) -> dtype:
@@ -225,10 +226,12 @@ def _find_weights(folder: Path, id: str) -> tuple[list[str], dict[str, str] | No
     if single.exists():
         return [SINGLE_FILE], None
     found = sorted(path.name for path in folder.glob("*.safetensors"))
-    if len(found) == 1:
+    if len(found) == 1 and not _PART.search(found[0]):
         return found, None
     if found:
-        raise CheckpointError(f"model {id}: {len(found)} safetensors files but no {INDEX_FILE} that names them")
+        raise CheckpointError(
+            f"model {id}: no {INDEX_FILE} beside {found[0]} ({len(found)} safetensors files): is a download incomplete?"
+        )
     pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickled:
         raise CheckpointError(

@@ -1,8 +1,8 @@
 """From what the user typed to a folder: a local path, or a model on the Hugging Face Hub.
 
-    DIR                      an existing folder
-    org/name[@revision]      a Hub repository, where no such folder exists
-    hf://org/name[@revision] a Hub repository, always
+DIR                      an existing folder
+org/name[@revision]      a Hub repository, where no such folder exists
+hf://org/name[@revision] a Hub repository, always
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.errors import CheckpointError, TransferError
 
 HUB_SCHEME = "hf://"
@@ -48,6 +49,12 @@ def locate(reference: str) -> Location:
         kind = "Hub repository id (org/name[@revision])" if hub_only else "folder, nor a Hub repository id (org/name)"
         raise CheckpointError(f"model {name}: there is no such {kind}")
     return _download(repository, revision or None)
+
+
+def open_model(reference: str) -> Checkpoint:
+    """Locate a model and open its headers."""
+    location = locate(reference)
+    return Checkpoint.open(location.folder, id=location.id, revision=location.revision)
 
 
 def _download(repository: str, revision: str | None) -> Location:

@@ -17,7 +17,9 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
-from streammerge.checkpoints.checkpoint import Checkpoint, decoder_prefix, require_finite
+from streammerge.checkpoints.buffers import as_bytes
+from streammerge.checkpoints.checkpoint import Checkpoint, decoder_prefix, require_finite, torch_dtype
+from streammerge.checkpoints.header import TensorInfo
 from streammerge.errors import CheckpointError, IncompatibleCheckpointsError
 
 
@@ -62,10 +64,10 @@ class BlockModel:
         self._of_block = [
             [name for name in self._names if name.startswith(f"{start}{i}.")] for i in range(len(self.blocks))
         ]
+        largest = max(sum(self._info(name).nbytes for name in names) for names in self._of_block)
+        self._arena = torch.empty(largest, dtype=torch.uint8)
         for name, buffer in self.model.named_buffers():
-            set_module_tensor_to_device(
-                self.model, name, device, value=buffer, dtype=buffer.dtype, clear_cache=False
-            )
+            set_module_tensor_to_device(self.model, name, device, value=buffer, dtype=buffer.dtype, clear_cache=False)
 
     @property
     def tensor_names(self) -> set[str]:
@@ -74,11 +76,20 @@ class BlockModel:
 
     def load_resident(self) -> None:
         """Load everything outside the blocks."""
-        self._load(self._resident)
+        for name in self._resident:
+            info = self._info(name)
+            self._set(name, info, self.base.tensor(info.name))
         self.model.tie_weights()
 
     def load_block(self, index: int) -> nn.Module:
-        self._load(self._of_block[index])
+        """Load one block; the one loaded before must be unloaded first, they share their memory."""
+        start = 0
+        for name in self._of_block[index]:
+            info = self._info(name)
+            raw = self._arena[start : start + info.nbytes]
+            self.base.read_into(info, 0, as_bytes(raw))
+            self._set(name, info, raw.view(torch_dtype(info.dtype)).view(info.shape))
+            start += info.nbytes
         return self.blocks[index]
 
     def unload_block(self, index: int) -> None:
@@ -91,7 +102,7 @@ class BlockModel:
             yield self._names[name], self.model.get_parameter(name)
 
     def input_embedding(self) -> nn.Parameter:
-        return self.model.get_input_embeddings().weight
+        return self.model.get_input_embeddings().weight  # type: ignore[no-any-return]
 
     def record(self, ids: Tensor) -> Recording:
         """Run everything before the blocks on ids [1, length] and record what each block is given.
@@ -126,20 +137,18 @@ class BlockModel:
         with self._forwards([lambda *args, **kwargs: hidden] * len(self.blocks)):
             return self.model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
 
-    def _load(self, names: Sequence[str]) -> None:
-        for name in names:
-            info = self.base.info(self._names[name])
-            value = self.base.tensor(info.name)
-            require_finite(value, info, self.base.id)
-            set_module_tensor_to_device(
-                self.model, name, self.device, value=value, dtype=self.dtype, clear_cache=False
-            )
-            self.model.get_parameter(name).requires_grad_(False)
+    def _info(self, name: str) -> TensorInfo:
+        return self.base.info(self._names[name])
+
+    def _set(self, name: str, info: TensorInfo, value: Tensor) -> None:
+        require_finite(value, info, self.base.id)
+        set_module_tensor_to_device(self.model, name, self.device, value=value, dtype=self.dtype, clear_cache=False)
+        self.model.get_parameter(name).requires_grad_(False)
 
     @contextmanager
     def _forwards(self, forwards: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
         for block, forward in zip(self.blocks, forwards, strict=True):
-            block.forward = forward  # type: ignore[method-assign]
+            block.forward = forward
         try:
             yield
         finally:
@@ -166,7 +175,7 @@ def _build_empty(base: Checkpoint, dtype: torch.dtype) -> transformers.PreTraine
             f"{reason}"
         ) from error
     model.tie_weights()
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def _find_blocks(model: nn.Module, prefix: str | None, id: str) -> nn.ModuleList:

@@ -11,10 +11,10 @@ Theta = float | Literal["adaptive"]
 def score(importance: Importance, fisher_mean: float, task_vector_mean_square: float, quadratic_mean: float) -> float:
     """The score s of one decoder block; -inf where the block has no importance at all.
 
-        product     s = log(mean(F) * mean(delta^2))     as published
-        fim         s = log(mean(F))
-        norm        s = log(mean(delta^2))
-        quadratic   s = log(mean(F * delta^2))           the exact diagonal quadratic form
+    product     s = log(mean(F) * mean(delta^2))     as published
+    fim         s = log(mean(F))
+    norm        s = log(mean(delta^2))
+    quadratic   s = log(mean(F * delta^2))           the exact diagonal quadratic form
     """
     value = {
         "product": fisher_mean * task_vector_mean_square,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from streammerge._version import __version__
 from streammerge.checkpoints.buffers import as_bytes
@@ -28,6 +27,7 @@ from streammerge.fisher.store import (
     pool_blocks,
 )
 from streammerge.fisher.walk import walk
+from streammerge.progress import progress_bar
 
 
 def block_matrices(base: Checkpoint) -> list[str]:
@@ -66,7 +66,7 @@ def measure(
     identity = BaseIdentity(id=base.id, revision=base.revision, fingerprint=base.fingerprint())
     with (
         CheckpointWriter(out, shards, {"fisher of": base.id}, fresh=True) as writer,
-        tqdm(total=2 * len(model.blocks), desc="Fisher", unit="block", disable=not progress) as bar,
+        progress_bar(2 * len(model.blocks), "Fisher", "block", progress) as bar,
     ):
         sink = _Sink(writer, getattr(torch, stored), decoder_prefix(base.tensors))
         try:

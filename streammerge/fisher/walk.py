@@ -22,7 +22,7 @@ Sink = Callable[[Mapping[str, Tensor]], None]
 _PIECE = 1 << 20  # elements squared at a time, so that the float32 copies stay small
 
 
-def walk(model: BlockModel, ids: Tensor, wanted: Set[str], sink: Sink, advance: Callable[[], None]) -> float:
+def walk(model: BlockModel, ids: Tensor, wanted: Set[str], sink: Sink, advance: Callable[[], object]) -> float:
     """Hand the diagonal Fisher of the wanted tensors to `sink`, block after block from the last to the first.
 
     Args:
@@ -66,7 +66,7 @@ def walk(model: BlockModel, ids: Tensor, wanted: Set[str], sink: Sink, advance: 
     return loss
 
 
-def _forward(model: BlockModel, recordings: list[Recording], advance: Callable[[], None]) -> list[list[Tensor]]:
+def _forward(model: BlockModel, recordings: list[Recording], advance: Callable[[], object]) -> list[list[Tensor]]:
     """The input of every block and the output of the last one: [block][sequence], on the CPU."""
     inputs = [[recording.embedded.cpu() for recording in recordings]]
     for index in range(len(model.blocks)):

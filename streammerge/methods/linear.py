@@ -42,7 +42,8 @@ class Linear(Method):
         total = sum(coefficients) if parameters.normalize else 1.0
         if total == 0:
             raise RecipeError("method linear: the coefficients sum to 0; change them or set normalize to false")
-        self._base, *self._experts = (coefficient / total for coefficient in coefficients)
+        self._base: float = coefficients[0] / total
+        self._experts: list[float] = [coefficient / total for coefficient in coefficients[1:]]
 
     def apply(self, block: RowBlock, results: Results) -> Tensor:
         merged = block.base * self._base

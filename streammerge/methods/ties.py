@@ -42,6 +42,8 @@ class Ties(Method):
     summary = "trim by magnitude, elect sign, disjoint mean"
     reference = "arXiv 2306.01708"
 
+    parameters: TiesParameters
+
     def passes(self, unit: Unit) -> Sequence[Pass]:
         return top_k_passes(_magnitudes, [expert.density for expert in self.experts])
 

@@ -35,7 +35,9 @@ def random_bits(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> to
     raw = np.random.default_rng(seed).integers(0, 256, numel * dtype.itemsize, dtype=np.uint8)
     if dtype is torch.bool:
         raw &= 1
-    return torch.tensor(raw).view(dtype).view(shape)
+    values = torch.empty(shape, dtype=dtype)
+    values.view(-1).view(torch.uint8).copy_(torch.from_numpy(raw))
+    return values
 
 
 def raw_bytes(values: torch.Tensor) -> bytes:
@@ -133,7 +135,7 @@ def test_files_are_closed(sharded: Path, open_fds: set[int]) -> None:
         checkpoint.tensor("counter")
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", SINGLE_FILE])
+@pytest.mark.parametrize("name", ["weights.safetensors", SINGLE_FILE, "model-00001-of-00001.safetensors"])
 def test_one_file_needs_no_index(make_model: Make, tiny: Tiny, name: str) -> None:
     with Checkpoint.open(make_model({name: tiny("a", "b")})) as checkpoint:
         assert {info.file for info in checkpoint.tensors.values()} == {name}
@@ -260,7 +262,9 @@ def test_a_stale_index_beside_a_single_file(make_model: Make, tiny: Tiny) -> Non
     ("files", "words"),
     [
         ({}, ["no safetensors file"]),
-        ({"1.safetensors": b"", "2.safetensors": b""}, ["2 safetensors files but no", INDEX_FILE]),
+        ({"1.safetensors": b"", "2.safetensors": b""}, [f"no {INDEX_FILE} beside 1.safetensors", "2 safetensors"]),
+        ({"model-00001-of-00002.safetensors": b""}, [f"no {INDEX_FILE} beside model-00001", "incomplete"]),
+        ({"model-00010-of-00010.safetensors": b""}, [f"no {INDEX_FILE} beside model-00010", "incomplete"]),
         ({"pytorch_model.bin": b"x"}, ["only pickled weights (pytorch_model.bin)", "save_pretrained"]),
         ({"a.pt": b"x", "pytorch_model.bin.index.json": {}}, ["only pickled weights (a.pt)", "save_pretrained"]),
     ],

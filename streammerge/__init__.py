@@ -1,0 +1,35 @@
+"""Merge large language-model checkpoints, streamed: never two models in memory.
+
+    import streammerge
+
+    streammerge.merge({"base": "org/base", "models": ["org/long-reasoner"], "method": "fim_ties"}, "merged")
+
+Importing this imports neither torch nor transformers; the calls do when they need them.
+"""
+
+from streammerge import errors
+from streammerge._version import __version__
+from streammerge.errors import StreammergeError
+from streammerge.fisher import fisher
+from streammerge.fisher.store import FisherSettings
+from streammerge.merge import merge
+from streammerge.methods import METHODS
+from streammerge.plan import MergePlan, plan
+from streammerge.recipe import Recipe, load_recipe, make_recipe
+from streammerge.verify import verify
+
+__all__ = [
+    "METHODS",
+    "FisherSettings",
+    "MergePlan",
+    "Recipe",
+    "StreammergeError",
+    "__version__",
+    "errors",
+    "fisher",
+    "load_recipe",
+    "make_recipe",
+    "merge",
+    "plan",
+    "verify",
+]

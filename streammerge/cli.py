@@ -1,0 +1,354 @@
+"""The command line: each command is one call of the library. Results to stdout, progress and errors to stderr.
+
+The methods' parameters and the Fisher settings become options by themselves, from their schemas: a new
+method needs no line here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import streammerge
+from streammerge.checkpoints.locate import HUB_SCHEME
+from streammerge.errors import StreammergeError
+from streammerge.fisher.store import FisherRecord, FisherSettings
+from streammerge.methods import METHODS
+from streammerge.recipe import DEFAULT_METHOD, load_recipe, make_recipe
+from streammerge.report import block_rows, fisher_rows, plan_text, table
+from streammerge.schema import build
+from streammerge.units import format_size, parse_size
+
+app = typer.Typer(
+    name="streammerge",
+    help="Merge large language-model checkpoints, streamed: never two models in memory.\n\n"
+    "Without a command, `merge` is meant: streammerge --base A --ft B --out merged",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+MODELS, METHOD, FISHER, RESOURCES = "Models", "Parameters of the methods", "Fisher", "Resources"
+
+RecipeFile = Annotated[Path | None, typer.Argument(help="YAML recipe; options given besides go before its values.")]
+Base = Annotated[str | None, typer.Option(help="Base model: folder or org/name\\[@revision].", rich_help_panel=MODELS)]
+Ft = Annotated[
+    list[str] | None, typer.Option(help="Fine-tuned model, likewise. Repeat for several.", rich_help_panel=MODELS)
+]
+HubBase = Annotated[str | None, typer.Option(help="Base model, always from the Hub.", rich_help_panel=MODELS)]
+HubFt = Annotated[
+    list[str] | None, typer.Option(help="Fine-tuned model, always from the Hub. Repeat.", rich_help_panel=MODELS)
+]
+MethodName = Annotated[
+    str | None, typer.Option("--method", "-m", help=f"Merge method: {', '.join(METHODS)}. (default: {DEFAULT_METHOD})")
+]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Output folder: new, empty, or left unfinished.")]
+FisherFrom = Annotated[
+    Path | None, typer.Option("--fisher", help="Folder of a Fisher to reuse.", rich_help_panel=FISHER)
+]
+SaveFisher = Annotated[
+    Path | None, typer.Option(help="Keep the Fisher in this folder, for other merges.", rich_help_panel=FISHER)
+]
+Device = Annotated[
+    str | None, typer.Option(help="Where a Fisher pass runs: cpu, cuda, cuda:1. (default: a GPU if there is one)")
+]
+MaxRam = Annotated[
+    str, typer.Option(help="Host memory for buffers, besides the import of torch.", rich_help_panel=RESOURCES)
+]
+MaxShard = Annotated[
+    str | None, typer.Option(help="Largest shard of the output. (default: 5GB)", rich_help_panel=RESOURCES)
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Workers. (default: the processors, at most 8)", rich_help_panel=RESOURCES)
+]
+AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the inputs through.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished merge in --out, or start anew.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only plan: read headers, check, print.")]
+
+
+def merge(
+    recipe: RecipeFile = None,
+    base: Base = None,
+    ft: Ft = None,
+    hub_base: HubBase = None,
+    hub_ft: HubFt = None,
+    out: Out = None,
+    method: MethodName = None,
+    fisher: FisherFrom = None,
+    save_fisher: SaveFisher = None,
+    device: Device = None,
+    max_ram: MaxRam = "256MiB",
+    max_shard_size: MaxShard = None,
+    threads: Threads = None,
+    allow_nonfinite: AllowNonfinite = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Merge fine-tuned models into a base model.
+
+    Example: streammerge --base Qwen/Qwen2.5-Math-7B --ft deepseek-ai/DeepSeek-R1-Distill-Qwen-7B --out merged
+    """
+    values = load_recipe(recipe) if recipe else {}
+    values |= _models(base, ft, hub_base, hub_ft)
+    settings = {"method": method, "max_shard_bytes": max_shard_size, "fisher_from": str(fisher) if fisher else None}
+    values |= {key: value for key, value in settings.items() if value is not None}
+    if allow_nonfinite:
+        values["allow_nonfinite"] = True
+    values["fisher"] = {**(values.get("fisher") or {}), **_fisher_settings(options)}
+    given = {name: options[name] for name in _parameter_help() if options.get(name)}
+    values["parameters"] = {**(values.get("parameters") or {}), **{k: _plain(v) for k, v in given.items()}}
+    if "base" not in values:
+        raise typer.BadParameter("give the base model", param_hint="--base")
+    if not values.get("models"):
+        raise typer.BadParameter("give a fine-tuned model", param_hint="--ft")
+    job = make_recipe(values)
+    budget = parse_size(max_ram)
+    if dry_run:
+        with streammerge.plan(job, max_ram=budget, threads=threads) as planned:
+            summary = planned.summary()
+        _print(summary if json else plan_text(summary))
+        return
+    if out is None:
+        raise typer.BadParameter("give the output folder", param_hint="--out")
+    result = streammerge.merge(
+        job,
+        out,
+        max_ram=budget,
+        threads=threads,
+        device=device,
+        save_fisher=save_fisher,
+        overwrite=overwrite,
+        progress=not quiet,
+    )
+    _print(result if json else _merged_text(result, out))
+
+
+def plan(**options: Any) -> None:
+    """Say what a merge would read, write and hold, and what is wrong with it; reads headers only."""
+    merge(dry_run=True, **options)
+
+
+def fisher(
+    base: Base = None,
+    hub_base: HubBase = None,
+    out: Out = None,
+    device: Device = None,
+    max_shard_size: MaxShard = None,
+    overwrite: Overwrite = False,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Measure the diagonal Fisher of a base model, for reuse by `merge --fisher`.
+
+    Example: streammerge fisher --base Qwen/Qwen2.5-Math-7B --out fisher
+    """
+    model = HUB_SCHEME + hub_base if hub_base else base
+    if model is None:
+        raise typer.BadParameter("give the base model", param_hint="--base")
+    if out is None:
+        raise typer.BadParameter("give the output folder", param_hint="--out")
+    record = streammerge.fisher(
+        model,
+        out,
+        build(FisherSettings, _fisher_settings(options), "Fisher settings"),
+        device=device,
+        max_shard_bytes=parse_size(max_shard_size or "5GB"),
+        overwrite=overwrite,
+        progress=not quiet,
+    )
+    _print(record.model_dump() if json else _fisher_text(record, out))
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="The output folder of a merge.")],
+    json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Re-hash a finished merge against its manifest; check headers, names, shapes, dtypes, finite values."""
+    result = streammerge.verify(folder, progress=not quiet)
+    text = f"{folder}: ok: {result['tensors']} tensors, {format_size(result['bytes'])}, every byte as it was written"
+    if not result["ok"]:
+        text = "\n".join(f"{folder}: {problem}" for problem in result["problems"])
+    _print(result if json else text)
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pair and the merge.")] = Path("demo"),
+    quiet: Quiet = False,
+) -> None:
+    """Make a small pair of models on the spot, merge it with FIM-TIES and generate text from the result."""
+    from streammerge.demo import run
+
+    run(out, progress=not quiet)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status: 0, 1 for an error of ours, 2 for usage, 130 for Ctrl-C."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    if not args:
+        args = ["--help"]
+    elif args[0] not in _COMMANDS and args[0] not in ("-h", "--help", "--version"):
+        args = ["merge", *args]
+    try:
+        app(args, prog_name="streammerge")
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Errors of ours become one line and exit 1; Ctrl-C becomes advice and exit 130."""
+
+    def run(debug: bool = False, **options: Any) -> None:
+        try:
+            command(**options)
+        except StreammergeError as error:
+            if debug:
+                raise
+            print(f"streammerge: error: {_printable(str(error))}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print("streammerge: stopped; the same command goes on where it was", file=sys.stderr)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+
+    run.__doc__ = command.__doc__
+    run.__name__ = command.__name__
+    return run
+
+
+def _register(command: Callable[..., None], *extra: inspect.Parameter, like: Any = None, drop: str = "") -> None:
+    """Add a command whose `**options` are spelled out as the parameters `extra`."""
+    source = inspect.signature(like or command, eval_str=True)
+    named = [p for p in source.parameters.values() if p.kind != p.VAR_KEYWORD and p.name not in drop.split()]
+    debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*named, *extra, debug)]
+    run = _guarded(command)
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    app.command(command.__name__)(run)
+
+
+def _parameter_help() -> dict[str, str]:
+    """Every method parameter with its description, and the default of each method that has it."""
+    texts: dict[str, str] = {}
+    defaults: dict[str, dict[str, list[str]]] = {}
+    for name, method in METHODS.items():
+        for schema in (method.Parameters, method.Expert):
+            for key, field in schema.model_fields.items():
+                texts.setdefault(key, field.description or "")
+                defaults.setdefault(key, {}).setdefault(str(field.default).lower(), []).append(name)
+    for key, by_value in defaults.items():
+        told = "; ".join(f"{', '.join(methods)}: {value}" for value, methods in by_value.items())
+        texts[key] = f"{texts[key][:1].upper()}{texts[key][1:]} ({told})."
+    return texts
+
+
+def _method_options() -> Iterator[inspect.Parameter]:
+    for key, text in _parameter_help().items():
+        option = typer.Option(f"--{key.replace('_', '-')}", help=text, rich_help_panel=METHOD, metavar="VALUE")
+        yield inspect.Parameter(
+            key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, option]
+        )
+
+
+def _fisher_options() -> Iterator[inspect.Parameter]:
+    for key, field in FisherSettings.model_fields.items():
+        flag = field.annotation is bool
+        name = key if flag else f"fisher_{key}"
+        default = "" if field.default in (None, False) else f" (default: {field.default})"
+        text = f"{(field.description or '')[:1].upper()}{(field.description or '')[1:]}{default}."
+        option = typer.Option(f"--{name.replace('_', '-')}", help=text, rich_help_panel=FISHER)
+        kind: Any = Annotated[bool, option] if flag else Annotated[str | None, option]
+        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False if flag else None, annotation=kind)
+
+
+def _fisher_settings(options: dict[str, Any]) -> dict[str, Any]:
+    named = {key: options.get(key, options.get(f"fisher_{key}")) for key in FisherSettings.model_fields}
+    return {key: value for key, value in named.items() if value not in (None, False)}
+
+
+def _models(base: str | None, ft: list[str] | None, hub_base: str | None, hub_ft: list[str] | None) -> dict[str, Any]:
+    if base and hub_base:
+        raise typer.BadParameter("give one of --base and --hub-base", param_hint="--hub-base")
+    values: dict[str, Any] = {}
+    if base or hub_base:
+        values["base"] = HUB_SCHEME + hub_base if hub_base else base
+    models = [*(ft or []), *(HUB_SCHEME + name for name in hub_ft or [])]
+    if models:
+        values["models"] = models
+    return values
+
+
+def _plain(values: list[str]) -> Any:
+    """One value for all, or a list with one per fine-tuned model."""
+    return values[0] if len(values) == 1 else values
+
+
+def _merged_text(result: dict[str, Any], out: Path) -> str:
+    size = sum(shard["bytes"] for shard in result["shards"].values())
+    lines = [f"note: {note}" for note in result["notes"]]
+    if result["blocks"]:
+        lines = [table(*block_rows(result)), "", *lines]
+    merged = sum("coefficient" in tensor for tensor in result["tensors"].values())
+    copied = len(result["tensors"]) - merged
+    lines.append(f"{merged} tensors merged, {copied} copied from the base: {format_size(size)} in {out}")
+    return "\n".join(lines)
+
+
+def _fisher_text(record: FisherRecord, out: Path) -> str:
+    ratio = f"{record.ratio:.1f}" if record.ratio else "undefined"
+    lines = [table(*fisher_rows(record)), "", f"largest over smallest block mean: {ratio}"]
+    return "\n".join([*lines, f"Fisher of {record.base.id} in {out}"])
+
+
+def _print(value: Any) -> None:
+    print(value if isinstance(value, str) else json.dumps(value, indent=2))
+
+
+def _printable(text: str) -> str:
+    """Text that cannot drive the terminal: control characters from names are shown, not sent."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"streammerge {streammerge.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+_register(merge, *_method_options(), *_fisher_options())
+_register(
+    plan, *_method_options(), *_fisher_options(), like=merge, drop="out save_fisher device overwrite dry_run quiet"
+)
+_register(fisher, *_fisher_options())
+_register(verify)
+_register(demo)
+_COMMANDS = {command.name for command in app.registered_commands}

@@ -1,0 +1,160 @@
+"""Walk the plan's units: read, survey, passes, apply, write; on a few worker threads, one unit each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Event, Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streammerge.checkpoints.buffers import as_bytes
+from streammerge.checkpoints.checkpoint import torch_dtype
+from streammerge.checkpoints.writer import CheckpointWriter
+from streammerge.errors import IncompatibleCheckpointsError
+from streammerge.methods.api import Method, RowBlock, TensorContext, Unit
+from streammerge.plan import MergePlan
+from streammerge.progress import progress_bar
+from streammerge.stream import Input, Inputs, RowReader
+
+
+class Engine:
+    """The survey and the merge of one plan, on a few worker threads with a reader each."""
+
+    def __init__(self, plan: MergePlan, writer: CheckpointWriter, progress: bool) -> None:
+        self.plan, self.writer, self.progress = plan, writer, progress
+        self.method: Method = plan.method
+        self.entries: dict[str, dict[str, Any]] = {}
+
+    def run(self) -> tuple[Method, dict[str, dict[str, Any]]]:
+        """Merge everything; the method as it was used, and each tensor's report."""
+        for shard in self.writer.finished.values():
+            self.entries |= shard["tensors"]
+        surveyed = [Unit(tensor.name, (tensor,)) for tensor in self.plan.surveyed]
+        units = [u for u in self.plan.units if not all(self.writer.is_finished(t.name) for t in u.tensors)]
+        with _single_threaded_torch():
+            if surveyed:
+                surveys: dict[TensorContext, Any] = {}
+                self._work("Survey", surveyed, self.plan.survey_bytes, lambda r, unit: self._survey(r, unit, surveys))
+                fisher = self.plan.fisher[1] if self.plan.fisher else None
+                self.method = self.method.prepared({u.tensors[0]: surveys[u.tensors[0]] for u in surveyed}, fisher)
+            self._work("Merge", units, self.plan.merge_bytes, self._merge)
+            self.writer.wait()
+        return self.method, {tensor.name: self.entries[tensor.name] for tensor in self.plan.contexts}
+
+    def _work(
+        self, label: str, units: Sequence[Unit], size: Callable[[Unit], int], do: Callable[[RowReader, Unit], None]
+    ) -> None:
+        """Hand the units, in order, to the workers; the first error stops all. `size`: bytes a unit reads."""
+        queue, lock, stop = iter(units), Lock(), Event()
+        total = sum(size(unit) for unit in units)
+        bar = progress_bar(total, label, "B", self.progress)
+
+        def advance(count: int) -> None:
+            with lock:
+                bar.update(count)
+
+        def loop() -> None:
+            reader = RowReader(self.plan.budget.buffer_bytes, self.plan.recipe.allow_nonfinite, advance)
+            while not stop.is_set():
+                with lock:
+                    unit = next(queue, None)
+                if unit is None:
+                    return
+                try:
+                    do(reader, unit)
+                except BaseException:
+                    stop.set()
+                    raise
+                advance(size(unit) - reader.bytes_read)  # a pass that was not needed
+
+        with bar, ThreadPoolExecutor(self.plan.budget.workers, "streammerge") as pool:
+            try:
+                for future in [pool.submit(loop) for _ in range(self.plan.budget.workers)]:
+                    future.result()
+            finally:
+                stop.set()
+
+    def _survey(self, reader: RowReader, unit: Unit, surveys: dict[TensorContext, Any]) -> None:
+        tensor = unit.tensors[0]
+        survey = self.method.survey(tensor)
+        assert survey is not None  # only such tensors are in the list
+        reader.open(unit, {tensor.name: self._inputs(tensor, experts=True, fisher=survey.reads_fisher)})
+        state = survey.start(unit, {})
+        for block in reader.blocks():
+            survey.update(state, block)
+        surveys[tensor] = survey.finish(state)
+
+    def _merge(self, reader: RowReader, unit: Unit) -> None:
+        action = self.plan.actions[unit.tensors[0].name]
+        inputs = {
+            tensor.name: self._inputs(
+                tensor, experts=action != "copy", fisher=action == "merge" and self.method.reads_fisher(tensor)
+            )
+            for tensor in unit.tensors
+        }
+        reader.open(unit, inputs)
+        results: dict[str, Any] = {}
+        if action == "merge":
+            for step in self.method.passes(unit):
+                state = step.start(unit, results)
+                if state is not None:
+                    for block in reader.blocks():
+                        step.update(state, block)
+                    results[step.name] = step.finish(state)
+        for block in reader.blocks():
+            if action == "same":
+                self._require_same(block, inputs[block.tensor.name])
+            merged = self.method.apply(block, results) if action == "merge" else block.stored[0]
+            self._write(block, merged)
+        for tensor in unit.tensors:
+            if not self.writer.is_finished(tensor.name):
+                report = self.method.report(tensor, results) if action == "merge" else {}
+                facts = {"block": tensor.block, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+                entry = {**facts, "numel": tensor.numel, **_scalars(report)}
+                self.entries[tensor.name] = entry
+                self.writer.complete(tensor.name, entry)
+
+    def _write(self, block: RowBlock, merged: Tensor) -> None:
+        name = block.tensor.name
+        if not self.writer.is_finished(name):
+            stored = merged.to(torch_dtype(block.tensor.dtype)).contiguous()
+            self.writer.write(name, block.row * block.tensor.columns * stored.element_size(), as_bytes(stored))
+
+    def _inputs(self, tensor: TensorContext, experts: bool, fisher: bool) -> Inputs:
+        plan, name = self.plan, tensor.name
+        models = zip(plan.experts, plan.matches, strict=True)
+        return Inputs(
+            Input(plan.base, plan.base.tensors[name]),
+            tuple(Input(model, match.tensors[name]) for model, match in models) if experts else (),
+            Input(plan.fisher[0], plan.fisher[0].info(name)) if fisher and plan.fisher else None,
+        )
+
+    def _require_same(self, block: RowBlock, inputs: Inputs) -> None:
+        """Integers cannot be averaged; where the models disagree on one there is no right answer."""
+        base, *others = (values.contiguous().view(torch.uint8) for values in block.stored)
+        for values, source in zip(others, inputs.experts, strict=True):
+            if not torch.equal(base, values):
+                raise IncompatibleCheckpointsError(
+                    f"these models cannot be merged into {self.plan.base.id}:",
+                    [f"{source.model.id}: tensor {block.tensor.name!r} ({block.tensor.dtype}) holds other values"],
+                )
+
+
+@contextmanager
+def _single_threaded_torch() -> Iterator[None]:
+    """One torch thread per worker: the workers are the parallelism, and sums are cut the same way always."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _scalars(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists of one become their value: with one expert, one number."""
+    return {k: v[0] if isinstance(v, (list, tuple)) and len(v) == 1 else v for k, v in report.items()}
