@@ -18,7 +18,7 @@ import typer
 
 import streammerge
 from streammerge.checkpoints.locate import HUB_SCHEME
-from streammerge.errors import StreammergeError
+from streammerge.errors import RecipeError, StreammergeError
 from streammerge.fisher.store import FisherRecord, FisherSettings
 from streammerge.methods import METHODS
 from streammerge.recipe import DEFAULT_METHOD, load_recipe, make_recipe
@@ -107,9 +107,9 @@ def merge(
     values |= {key: value for key, value in settings.items() if value is not None}
     if allow_nonfinite:
         values["allow_nonfinite"] = True
-    values["fisher"] = {**(values.get("fisher") or {}), **_fisher_settings(options)}
+    values["fisher"] = {**_mapping(values, "fisher"), **_fisher_settings(options)}
     given = {name: options[name] for name in _parameter_help() if options.get(name)}
-    values["parameters"] = {**(values.get("parameters") or {}), **{k: _plain(v) for k, v in given.items()}}
+    values["parameters"] = {**_mapping(values, "parameters"), **{k: _plain(v) for k, v in given.items()}}
     if "base" not in values:
         raise typer.BadParameter("give the base model", param_hint="--base")
     if not values.get("models"):
@@ -298,6 +298,13 @@ def _models(base: str | None, ft: list[str] | None, hub_base: str | None, hub_ft
     return values
 
 
+def _mapping(values: dict[str, Any], key: str) -> dict[str, Any]:
+    value = values.get(key) or {}
+    if not isinstance(value, dict):
+        raise RecipeError(f"recipe: {key}: must be a mapping, not {value!r}")
+    return value
+
+
 def _plain(values: list[str]) -> Any:
     """One value for all, or a list with one per fine-tuned model."""
     return values[0] if len(values) == 1 else values
@@ -321,7 +328,7 @@ def _fisher_text(record: FisherRecord, out: Path) -> str:
 
 
 def _print(value: Any) -> None:
-    print(value if isinstance(value, str) else json.dumps(value, indent=2))
+    print(_printable(value) if isinstance(value, str) else json.dumps(value, indent=2))
 
 
 def _printable(text: str) -> str:

@@ -52,7 +52,7 @@ class Match:
 
 def refuse_quantised(model: Checkpoint) -> None:
     """Raise CheckpointError for a quantised or packed checkpoint, naming what shows it."""
-    method = model.config.get("quantization_config")
+    method = _setting(model, "quantization_config")
     if method:
         name = method.get("quant_method", "unknown") if isinstance(method, Mapping) else "unknown"
         raise CheckpointError(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor, nn
+from torch import Tensor
 
 from streammerge.checkpoints.writer import check_output
 from streammerge.errors import OutputExistsError, TransferError
@@ -27,17 +27,12 @@ MARKER = ".streammerge-demo"
 SUMS = [(a, b) for a in range(10) for b in range(10)]
 SHOWN = [(2, 3), (7, 5), (9, 8)]
 TERSE = [f"Q: {a}+{b}? A: {a + b}.\n" for a, b in SUMS]
-ALOUD = [f"Q: {a}+{b}? A: {a}+{b} is {a + b}. So {a + b}.\n" for a, b in SUMS]
-FACTS = [f"{a}+{b} is {a + b}. So {b}+{a} is {a + b}.\n" for a, b in SUMS]
-SENTENCES = [
-    "A sum is the same in either order.\n",
-    "Adding nothing changes nothing.\n",
-    "So the answer is short when the question is.\n",
-]
-LENGTH, BATCH = 48, 32
+ASKED_ALOUD = [f"Q: {a}+{b}, aloud? A: {a}+{b} is {a + b}. So {a + b}.\n" for a, b in SUMS]
+ALWAYS_ALOUD = [f"Q: {a}+{b}? A: {a}+{b} is {a + b}. So {a + b}.\n" for a, b in SUMS]
+BATCH = 32
 
 
-def run(out: Path, *, progress: bool = True, steps: int = 400) -> dict[str, Any]:
+def run(out: Path, *, progress: bool = True, steps: int = 300) -> dict[str, Any]:
     """Make `out/base` and `out/ft`, merge them with FIM-TIES into `out/merged`, and print what came out.
 
     An earlier demo in `out` is replaced, file by file; anything else there is left alone.
@@ -54,17 +49,18 @@ def run(out: Path, *, progress: bool = True, steps: int = 400) -> dict[str, Any]
         OutputExistsError: `out` holds something else.
     """
     base, ft, merged = (out / name for name in ("base", "ft", "merged"))
+    tuning = max(steps // 3, 1)
     _claim(out, merged)
-    with _quiet():
+    with _quiet(), _one_thread():
         tokenizer = make_tokenizer()
         model = make_model(tokenizer)
         size = sum(parameter.numel() for parameter in model.parameters())
-        corpus = TERSE + FACTS + SENTENCES
-        loss = train(model, tokenizer, corpus, steps, 3e-3, "base", progress)
-        print(f"base: {type(model).__name__}, {size:,} parameters, {steps} steps on terse sums, last loss {loss:.3f}")
+        loss = train(model, tokenizer, TERSE + ASKED_ALOUD, steps, 3e-3, "base", progress)
+        print(f"Two models of {size:,} parameters ({type(model).__name__}):")
+        print(f"base: trained {steps} steps to answer sums tersely, or aloud if asked to; last loss {loss:.4f}")
         _save(model, tokenizer, base)
-        loss = train(model, tokenizer, ALOUD, steps // 3, 3e-4, "fine-tuning", progress)
-        print(f"ft:   trained on from the base, {steps // 3} steps on sums said aloud, last loss {loss:.3f}\n")
+        loss = train(model, tokenizer, ALWAYS_ALOUD, tuning, 3e-4, "fine-tuning", progress)
+        print(f"ft:   the base, trained {tuning} steps more to answer aloud always; last loss {loss:.4f}\n")
         _save(model, tokenizer, ft)
         recipe = {"base": str(base), "models": [str(ft)], "method": "fim_ties"}
         result = merge(recipe, merged, device="cpu", overwrite=True, progress=progress)
@@ -76,7 +72,7 @@ def run(out: Path, *, progress: bool = True, steps: int = 400) -> dict[str, Any]
 
 def make_tokenizer() -> Any:
     """One token per character; a line ends the text."""
-    characters = sorted(set("".join(TERSE + ALOUD + FACTS + SENTENCES)))
+    characters = sorted(set("".join(ASKED_ALOUD)))
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<unk>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -87,8 +83,8 @@ def make_tokenizer() -> Any:
 
 
 def make_model(tokenizer: Any) -> Any:
-    """A Qwen2 decoder of four blocks with seeded random weights."""
-    config = transformers.Qwen2Config(
+    """A Llama decoder of four blocks with seeded random weights."""
+    config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
         intermediate_size=256,
@@ -96,6 +92,7 @@ def make_model(tokenizer: Any) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
+        initializer_range=0.1,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -103,40 +100,36 @@ def make_model(tokenizer: Any) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return transformers.Qwen2ForCausalLM(config)
+        return transformers.LlamaForCausalLM(config)
 
 
 def train(
     model: Any, tokenizer: Any, lines: Sequence[str], steps: int, rate: float, label: str, progress: bool
 ) -> float:
-    """Train in place on random lines, one after the other, with a falling rate; the last step's loss."""
-    ids = [tokenizer(line).input_ids for line in lines]
+    """Train in place on random lines with a falling rate; the last step's loss."""
     draw = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     loss = torch.tensor(torch.nan)
     with progress_bar(steps, label, "step", progress) as bar:
         for _ in range(steps):
-            loss = _loss(model, torch.tensor([_window(ids, draw) for _ in range(BATCH)]))
+            ids, labels = _batch(tokenizer, draw.choices(lines, k=BATCH))
+            loss = model(ids, labels=labels).loss
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             bar.update()
     return loss.item()
 
 
-def _window(ids: Sequence[list[int]], draw: random.Random) -> list[int]:
-    """Random lines up to LENGTH tokens, starting at the beginning of one."""
-    window: list[int] = []
-    while len(window) < LENGTH:
-        window += draw.choice(ids)
-    return window[:LENGTH]
-
-
-def _loss(model: Any, ids: Tensor) -> Tensor:
-    logits = model(ids, use_cache=False).logits
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+def _batch(tokenizer: Any, lines: list[str]) -> tuple[Tensor, Tensor]:
+    """Token ids, and labels for the answers alone."""
+    ids = tokenizer(lines, padding=True, return_tensors="pt").input_ids
+    labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
+    for row, line in zip(labels, lines, strict=True):
+        row[: line.index("A:") + 2] = -100
+    return ids, labels
 
 
 def _save(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -153,7 +146,7 @@ def _answers(folder: Path) -> list[str]:
     return [text.strip() for text in tokenizer.batch_decode(output[:, prompts.input_ids.shape[1] :], True)]
 
 
-def _answer_rows(folders: Sequence[Path]) -> tuple[Sequence[Any], list[Sequence[Any]]]:
+def _answer_rows(folders: Sequence[Path]) -> tuple[list[str], list[list[str]]]:
     """Header and a row per model: some answers, the sums whose answer ends with the right number, the mean length."""
     rows = []
     for folder in folders:
@@ -168,14 +161,25 @@ def _claim(out: Path, merged: Path) -> None:
     """Mark `out` as the demo's; refuse it where it holds something else."""
     if out.exists() and not out.is_dir():
         raise OutputExistsError(f"output {out} is a file: choose another --out")
-    if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
-        raise OutputExistsError(f"output folder {out} is not empty and not of an earlier demo: choose another --out")
-    check_output(merged, [], overwrite=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()) and not (out / MARKER).exists():
+            raise OutputExistsError(f"output folder {out} holds no earlier demo, but other files: choose another --out")
+        check_output(merged, [], overwrite=True)
         (out / MARKER).touch()
     except OSError as error:
         raise TransferError(f"{out}: cannot be written: {error.strerror}") from error
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from more threads, and one gives the same bits on any number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -114,4 +114,4 @@ def _sources(job: MergePlan) -> list[dict[str, Any]]:
 
 
 def _as_json(value: Any) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"

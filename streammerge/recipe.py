@@ -24,14 +24,14 @@ DEFAULT_METHOD = "fim_ties"
 class ExpertSpec(Strict):
     """One fine-tuned model and the parameters that are its own."""
 
-    model: str = Field(description="folder, org/name[@revision], or hf://org/name[@revision]")
+    model: str = Field(min_length=1, description="folder, org/name[@revision], or hf://org/name[@revision]")
     parameters: dict[str, Any] = Field(default_factory=dict, description="per-model parameters, e.g. coefficient")
 
 
 class Recipe(Strict):
     """A merge job. Everything the output's bytes depend on, besides the input bytes, is in here."""
 
-    base: str = Field(description="base model: folder, org/name[@revision], or hf://org/name[@revision]")
+    base: str = Field(min_length=1, description="base model: folder, org/name[@revision], or hf://org/name[@revision]")
     models: list[ExpertSpec] = Field(min_length=1, description="fine-tuned models")
     method: str = Field(DEFAULT_METHOD, description="merge method")
     parameters: dict[str, Any] = Field(default_factory=dict, description="the method's parameters")
@@ -65,6 +65,17 @@ def make_recipe(values: Recipe | Mapping[str, Any]) -> Recipe:
     return values if isinstance(values, Recipe) else build(Recipe, values, "recipe")
 
 
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, where PyYAML would keep the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"{twice!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def load_recipe(path: Path) -> dict[str, Any]:
     """Read the values of a YAML recipe.
 
@@ -72,10 +83,10 @@ def load_recipe(path: Path) -> dict[str, Any]:
         RecipeError: no such file, not YAML, or not a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        values = yaml.load(path.read_text("utf-8"), _Loader)
     except OSError as error:
         raise RecipeError(f"recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none
         raise RecipeError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise RecipeError(f"recipe {path}: must be a mapping with the keys {', '.join(Recipe.model_fields)}")

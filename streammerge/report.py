@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from streammerge._version import __version__
+from streammerge.checkpoints.writer import file_names
 from streammerge.fisher.store import FisherRecord
 from streammerge.methods.api import Method
 from streammerge.plan import MergePlan
@@ -42,7 +43,7 @@ def manifest(
         "blocks": method.block_table(),
         "tensors": {name: dict(entry) for name, entry in entries.items()},
         "shards": {file: {"bytes": shards[file]["bytes"], "sha256": shards[file]["sha256"]} for file in sorted(shards)},
-        "files": sorted(shards) if len(shards) == 1 else [*sorted(shards), "model.safetensors.index.json"],
+        "files": file_names(plan.shards),
     }
 
 

@@ -1,6 +1,7 @@
 """Strict data models: unknown keys are errors with a suggestion, and every error is one readable line."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -45,8 +46,11 @@ def build(model: type[Model], values: Mapping[str, Any], what: str) -> Model:
             if item["type"] == "extra_forbidden":
                 fields = _fields_at(model, item["loc"])
                 problems.append(f"there is no {place!r}: {suggest(str(item['loc'][-1]), fields)}")
+            elif item["type"] == "missing":
+                problems.append(f"{place} is missing")
             else:
-                problems.append(f"{place}: {item['msg']}, not {item['input']!r}")
+                message = item["msg"].removeprefix("Value error, ")
+                problems.append(f"{place}: {message}, not {reprlib.repr(item['input'])}")
         raise RecipeError(f"{what}: {'; '.join(dict.fromkeys(problems))}") from None
 
 

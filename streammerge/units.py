@@ -22,9 +22,10 @@ def parse_size(text: str | int) -> int:
     factor = _FACTORS.get(match[2].upper()) if match else None
     if match is None or factor is None:
         raise RecipeError(f"{text!r} is not a size; write for example 5GB, 256MiB or 1000000")
-    size = int(float(match[1]) * factor)
+    number = float(match[1]) * factor
+    size = int(number) if number < 2**63 else 0
     if size <= 0:
-        raise RecipeError(f"a size must be at least one byte, not {text!r}")
+        raise RecipeError(f"a size must be at least one byte and below 2**63, not {text!r}")
     return size
 
 

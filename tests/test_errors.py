@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,12 @@ def test_every_error_is_caught_by_the_root_and_keeps_its_message(cls: type[Strea
         raise cls(message)
     assert type(caught.value) is cls
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES.keys() - {"StreammergeError"}))
+def test_every_error_is_raised_somewhere(name: str) -> None:
+    sources = Path(errors.__file__).parent.rglob("*.py")
+    assert any(f"raise {name}(" in path.read_text("utf-8") for path in sources)
 
 
 def test_a_missing_tensor_is_a_key_error_without_quotes() -> None:

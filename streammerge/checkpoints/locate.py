@@ -7,6 +7,7 @@ hf://org/name[@revision] a Hub repository, always
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def locate(reference: str) -> Location:
     """
     hub_only = reference.startswith(HUB_SCHEME)
     name = reference.removeprefix(HUB_SCHEME)
-    if not hub_only and Path(name).is_dir():
+    if not hub_only and os.path.isdir(name):  # unlike Path.is_dir, False for a name the system cannot hold
         return Location(Path(name), name, None)
     repository, _, revision = name.partition("@")
     if not _REPOSITORY.match(repository):

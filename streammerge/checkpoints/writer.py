@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -69,23 +69,37 @@ def _lay_out(file: str, tensors: list[TensorInfo]) -> Shard:
     return Shard(file, header, absolute, shift + position)
 
 
-def check_output(folder: Path, inputs: Iterable[Path], overwrite: bool) -> None:
-    """Refuse an output folder that is an input or holds something else than an unfinished run of ours.
+def file_names(shards: Sequence[Shard]) -> list[str]:
+    """The weight files of a checkpoint of these shards, the index included where there is one."""
+    return [*(shard.file for shard in shards), *([INDEX_FILE] if len(shards) > 1 else [])]
 
-    With `overwrite`, a finished checkpoint of ours is fine too, as long as it holds nothing we did not write.
+
+def check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifest: str = MANIFEST_FILE) -> None:
+    """Refuse an output folder that is an input, lies in one, or holds something else than an unfinished run of ours.
+
+    With `overwrite`, a finished checkpoint of ours (one with `manifest`) is fine too, as long as it holds nothing
+    we did not write.
 
     Raises:
         OutputExistsError: naming what is in the way and what to do.
+        TransferError: the folder cannot be looked into.
     """
+    with _transfer(folder, "cannot be an output folder"):
+        _check_output(folder, inputs, overwrite, manifest)
+
+
+def _check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifest: str) -> None:
     for path in inputs:
         if folder.resolve() == path.resolve():
             raise OutputExistsError(f"output folder {folder} is also an input: choose another --out")
+        if path.resolve() in folder.resolve().parents:
+            raise OutputExistsError(f"output folder {folder} lies inside {path}: choose another --out")
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"output {folder} is a file: choose another --out")
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if not found:
         return
-    ours = _files_of_manifest(folder)
+    ours = _files_of_manifest(folder, manifest)
     if overwrite and ours is not None:
         foreign = found - {Path(name).parts[0] for name in ours} - {WORK_DIR}
         if foreign:
@@ -95,15 +109,15 @@ def check_output(folder: Path, inputs: Iterable[Path], overwrite: bool) -> None:
         raise OutputExistsError(f"output folder {folder} is not empty ({min(found)!r}): choose another --out {advice}")
 
 
-def _files_of_manifest(folder: Path) -> list[str] | None:
+def _files_of_manifest(folder: Path, manifest: str) -> list[str] | None:
     """The files of a finished checkpoint of ours; None where there is none, or its manifest names a file elsewhere."""
     try:
-        paths = [PurePosixPath(name) for name in json.loads((folder / MANIFEST_FILE).read_text("utf-8"))["files"]]
+        paths = [PurePosixPath(name) for name in json.loads((folder / manifest).read_text("utf-8"))["files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if any(path.is_absolute() or not path.parts or ".." in path.parts for path in paths):
         return None
-    return [MANIFEST_FILE, *(str(path) for path in paths)]
+    return [manifest, *(str(path) for path in paths)]
 
 
 @contextmanager
@@ -168,6 +182,7 @@ class CheckpointWriter:
         shards: the layout.
         identity: what the bytes depend on; a run left unfinished under another identity is refused.
         fresh: start anew instead of going on behind the last finished shard.
+        manifest: the file among those published that lists them all.
 
     Attributes:
         finished: file -> {"bytes", "sha256", "tensors": {name: entry}} of every shard that is done.
@@ -178,16 +193,23 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, folder: Path, shards: Sequence[Shard], identity: Mapping[str, Any], *, fresh: bool = False
+        self,
+        folder: Path,
+        shards: Sequence[Shard],
+        identity: Mapping[str, Any],
+        *,
+        fresh: bool = False,
+        manifest: str = MANIFEST_FILE,
     ) -> None:
         self.folder, self.work, self.shards = folder, folder / WORK_DIR, shards
+        self._manifest = manifest
         self.finished: dict[str, dict[str, Any]] = {}
         self._shard_of = {info.name: shard for shard in shards for info in shard.tensors}
         self._info_of = {info.name: info for shard in shards for info in shard.tensors}
         self._files: dict[str, _ShardFile] = {}
         self._entries: dict[str, dict[str, Any]] = {}
         self._lock = Lock()
-        self._created = not folder.exists()
+        self._created = [path for path in (folder, *folder.parents) if not path.exists()]
         with _transfer(self.work, "cannot be prepared"):
             if fresh and self.work.exists():
                 shutil.rmtree(self.work)
@@ -242,7 +264,7 @@ class CheckpointWriter:
         if len(self.shards) > 1:
             staged[INDEX_FILE] = self._stage(INDEX_FILE, self._index())
         shards = {s.file: self.work / s.file for s in self.shards if (self.work / s.file).exists()}
-        last = (MANIFEST_FILE, INDEX_FILE, SINGLE_FILE)
+        last = (self._manifest, INDEX_FILE, SINGLE_FILE)
         everything = {**staged, **shards}
         with _transfer(self.folder, "moving the finished files into place"):
             self._remove_previous()
@@ -262,11 +284,12 @@ class CheckpointWriter:
             future.result()
 
     def discard(self) -> None:
-        """Remove what this run wrote, and the folder if this run made it."""
+        """Remove what this run wrote, and the folders this run made."""
         self._close()
         shutil.rmtree(self.work, ignore_errors=True)
-        if self._created and self.folder.exists() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        with suppress(OSError):  # not empty: somebody else's
+            for path in self._created:
+                path.rmdir()
 
     def __enter__(self) -> Self:
         return self
@@ -338,9 +361,9 @@ class CheckpointWriter:
 
     def _remove_previous(self) -> None:
         """Remove a finished checkpoint of ours, what makes it loadable first (`check_output` allowed it)."""
-        previous = _files_of_manifest(self.folder) or []
+        previous = _files_of_manifest(self.folder, self._manifest) or []
         recovered = {shard.file for shard in self.shards if not (self.work / shard.file).exists()}
-        for name in sorted(previous, key=lambda name: (name not in (INDEX_FILE, SINGLE_FILE), name == MANIFEST_FILE)):
+        for name in sorted(previous, key=lambda name: (name not in (INDEX_FILE, SINGLE_FILE), name == self._manifest)):
             if name not in recovered:
                 (self.folder / name).unlink(missing_ok=True)
 

@@ -45,6 +45,13 @@ def merge_coefficients(scores: Sequence[float], theta: Theta = "adaptive") -> li
     if not finite:
         return [0.5] * len(scores)
     top, bottom = max(finite), min(finite)
+    distances = [top - max(s, bottom) for s in scores]
     if theta == "adaptive":
-        theta = 1 / (top - bottom) if top > bottom else 0.0
-    return [1 - 1 / (1 + math.exp(theta * (top - max(s, bottom)))) for s in scores]
+        span = top - bottom or 1.0
+        return [_logistic(distance / span) for distance in distances]
+    return [_logistic(theta * distance) for distance in distances]
+
+
+def _logistic(x: float) -> float:
+    """1 - sigmoid(-x) for x >= 0, which cannot overflow."""
+    return 1 / (1 + math.exp(-x))

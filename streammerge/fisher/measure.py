@@ -13,8 +13,8 @@ from torch import Tensor
 from streammerge._version import __version__
 from streammerge.checkpoints.buffers import as_bytes
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix, torch_dtype
-from streammerge.checkpoints.writer import CheckpointWriter, check_output, plan_shards
-from streammerge.errors import CheckpointError
+from streammerge.checkpoints.writer import CheckpointWriter, check_output, file_names, plan_shards
+from streammerge.errors import CheckpointError, RecipeError
 from streammerge.fisher.blocks import BlockModel
 from streammerge.fisher.probes import random_tokens
 from streammerge.fisher.store import (
@@ -54,18 +54,19 @@ def measure(
 
     Raises:
         OutputExistsError: `out` is not free.
+        RecipeError: there is no such device.
         CheckpointError: the model cannot be walked, or gives non-finite gradients.
     """
-    check_output(out, [base.folder], overwrite)
+    check_output(out, [base.folder], overwrite, manifest=FISHER_FILE)
     dtype = _compute_dtype(base, settings)
-    model = BlockModel(base, dtype, torch.device(device))
+    model = BlockModel(base, dtype, _device(device))
     wanted = _wanted(base, model, settings)
     stored = settings.dtype or "bfloat16"
     shards = plan_shards(((n, STORED_AS[stored], base.info(n).shape) for n in wanted), max_shard_bytes)
     ids = random_tokens(model.vocab_size, settings.samples, settings.length, settings.seed)
     identity = BaseIdentity(id=base.id, revision=base.revision, fingerprint=base.fingerprint())
     with (
-        CheckpointWriter(out, shards, {"fisher of": base.id}, fresh=True) as writer,
+        CheckpointWriter(out, shards, {"fisher of": base.id}, fresh=True, manifest=FISHER_FILE) as writer,
         progress_bar(2 * len(model.blocks), "Fisher", "block", progress) as bar,
     ):
         sink = _Sink(writer, getattr(torch, stored), decoder_prefix(base.tensors))
@@ -82,6 +83,7 @@ def measure(
             device=device,
             blocks=pool_blocks(sink.tensors, block_matrices(base)),
             tensors={name: sink.tensors[name] for name in wanted},
+            files=[*file_names(shards), FISHER_FILE],
         )
         content = json.dumps(record.model_dump(), indent=2).encode() + b"\n"
         writer.publish({FISHER_FILE: content})
@@ -120,6 +122,13 @@ def _compute_dtype(base: Checkpoint, settings: FisherSettings) -> torch.dtype:
     if not sizes:
         raise CheckpointError(f"model {base.id}: it has no floating tensor")
     return torch_dtype(max(sizes, key=lambda dtype: sizes[dtype]))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(f"--device {name}: there is no such device here ({str(error).splitlines()[0]})") from None
 
 
 def _wanted(base: Checkpoint, model: BlockModel, settings: FisherSettings) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from streammerge.checkpoints.checkpoint import Checkpoint
-from streammerge.errors import CheckpointError, IncompatibleCheckpointsError
+from streammerge.errors import CheckpointError, IncompatibleCheckpointsError, RecipeError
 from streammerge.schema import Strict, build
 
 FISHER_FILE = "fisher.json"
@@ -69,6 +69,7 @@ class FisherRecord(Strict):
     device: str
     blocks: list[BlockFisher]
     tensors: dict[str, TensorFisher]
+    files: list[str] = Field(description="every file of the Fisher, so that --overwrite can replace it")
 
     @property
     def ratio(self) -> float | None:
@@ -109,10 +110,13 @@ def open_fisher(
     path = folder / FISHER_FILE
     if not path.is_file():
         raise CheckpointError(f"Fisher {folder}: there is no {FISHER_FILE}; make one with: streammerge fisher")
+    where = f"Fisher {folder}, file {FISHER_FILE}"
     try:
-        record = build(FisherRecord, json.loads(path.read_text("utf-8")), f"Fisher {folder}, file {FISHER_FILE}")
-    except ValueError as error:
-        raise CheckpointError(f"Fisher {folder}, file {FISHER_FILE}: {str(error)[:200]}") from None
+        record = build(FisherRecord, json.loads(path.read_text("utf-8")), where)
+    except RecipeError as error:
+        raise CheckpointError(str(error)[:400]) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: not valid JSON ({str(error)[:100]})") from None
     checkpoint = Checkpoint.open(folder, id=f"Fisher {folder}", need_config=False)
     mismatches = _differences(record.settings, settings)
     for name in needed:
@@ -120,7 +124,9 @@ def open_fisher(
         if name not in checkpoint.tensors or name not in record.tensors:
             mismatches.append(f"tensor {name!r} is missing")
         elif checkpoint.tensors[name].shape != shape:
-            mismatches.append(f"tensor {name!r} is {checkpoint.tensors[name].shape}, in the base {shape}")
+            mismatches.append(f"tensor {name!r} is {list(checkpoint.tensors[name].shape)}, in the base {list(shape)}")
+        elif not checkpoint.tensors[name].floating:
+            mismatches.append(f"tensor {name!r} is {checkpoint.tensors[name].dtype}, not floating")
     if mismatches:
         checkpoint.close()
         raise IncompatibleCheckpointsError(

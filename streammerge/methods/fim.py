@@ -84,7 +84,7 @@ class FimTies(Method):
     With d_i = theta_i - theta_0, F the base's diagonal Fisher on random tokens, per decoder block l and expert i:
 
         s_l = log(mean_l F * mean_l d_i^2);   alpha_l = 1 - sigmoid((s_l - max s) / (max s - min s))
-        alpha_l * gate_factor for `gate_proj` matrices
+        alpha_l * gate_factor for `gate_proj` tensors
         keep of each matrix the k = round(density * n) entries of d_i with the largest F |d_i|
         theta = theta_0 + alpha_l * kept entries of d_i
         times ||W_0 X|| / ||W X|| for a matrix W whose ||W X|| differs from the base's by more than 5%,
@@ -107,6 +107,7 @@ class FimTies(Method):
     Expert = FimExpert
     summary = "Fisher block coefficients, Fisher-weighted trim, protected gates, calibrated norms"
     reference = "arXiv 2603.21705"
+    _elects: ClassVar[bool] = True  # elect a sign and average what agrees, or sum
 
     parameters: FimParameters
 
@@ -143,6 +144,12 @@ class FimTies(Method):
         known._table, known._by_block, known._by_tensor = [], [], []
         for expert, id in enumerate(self.model.experts):
             rows = _scores(surveys, fisher, expert, self.parameters)
+            for row in rows:
+                if not math.isfinite(row["task_vector_mean_square"]):
+                    raise CheckpointError(
+                        f"model {id}: its task vector in decoder block {row['block']} is not finite (NaN or Inf), so "
+                        "the block has no score; repair the model, or choose a method that needs none"
+                    )
             alphas = merge_coefficients([row["score"] for row in rows], self.parameters.theta)
             factor = self.experts[expert].coefficient
             blocks: dict[int, list[float]] = {}
@@ -193,8 +200,8 @@ class FimTies(Method):
         if trim == "magnitude":
             return [vector.abs() for vector in block.task_vectors]
         if trim == "quadratic":
-            return [(block.fisher * vector * vector).abs() for vector in block.task_vectors]
-        return [(block.fisher * vector.abs()).abs() for vector in block.task_vectors]
+            return [block.fisher * vector * vector for vector in block.task_vectors]
+        return [block.fisher * vector.abs() for vector in block.task_vectors]
 
     def _coefficients(self, tensor: TensorContext) -> list[float]:
         other = self.parameters.other
@@ -217,21 +224,26 @@ class FimTies(Method):
             vectors = [vector * selection.mask(scores, block.offset) for vector, scores, selection in pairs]
         coefficients = self._coefficients(block.tensor)
         vectors = [vector * coefficient for vector, coefficient in zip(vectors, coefficients, strict=True)]
-        if len(vectors) == 1:  # sign election and disjoint mean of one task vector change nothing
-            return block.base + vectors[0]
-        return block.base + disjoint_merge(vectors, [1.0] * len(vectors))
+        if self._elects and len(vectors) > 1:  # of one task vector they change nothing
+            return block.base + disjoint_merge(vectors, [1.0] * len(vectors))
+        total = vectors[0]
+        for vector in vectors[1:]:
+            total = total + vector
+        return block.base + total
 
 
 class FimTa(FimTies):
     """Fisher-guided task arithmetic: the block coefficients of `fim_ties` on whole task vectors.
 
-        theta = theta_0 + alpha_l * (theta_1 - theta_0)
+        theta = theta_0 + sum_i alpha_il (theta_i - theta_0)
 
-    Convention: as `fim_ties`, without trim, gate factor and norm calibration unless asked for.
+    Convention: as `fim_ties`, without trim, gate factor and norm calibration unless asked for. Several task vectors
+    are summed, as in task arithmetic: no sign is elected and nothing averaged.
     Reference: FIM-Merging, arXiv 2603.21705, "FIM-TA".
     """
 
     Parameters = FimTaParameters
+    _elects = False
     summary = "Fisher block coefficients on whole task vectors"
 
 

@@ -1,8 +1,9 @@
 """Exact selection of the k largest scores of a stream, in constant memory and without a sort.
 
-Non-negative float32 values order like their bit patterns. A histogram of the high 16 bits finds the bin of
-the k-th largest, one of the low 16 bits inside that bin finds its value. Scores equal to it are kept in
-flat-index order until exactly k are kept; only where some of them must go does a third pass look for where.
+Non-negative float32 values order like their bit patterns; signs are ignored, and all NaN count as equal and
+largest. A histogram of the high 16 bits finds the bin of the k-th largest, one of the low 16 bits inside that
+bin finds its value. Scores equal to it are kept in flat-index order until exactly k are kept; only where some
+of them must go does a third pass look for where.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 Scores = Callable[[RowBlock], Sequence["Tensor"]]
 
+_MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
+_NAN = 0x7F800001  # the one pattern that stands for all NaN, just above infinity
 _NOTHING = 0x7FFFFFFF  # above every score
 _EVERYTHING = -1  # below every score
 
@@ -65,7 +68,7 @@ def top_k_passes(scores: Scores, densities: Sequence[float], name: str = "select
     """The passes after which `results[name]` is one final Selection per expert.
 
     Args:
-        scores: row block -> non-negative float32 [r, c] per expert.
+        scores: row block -> [r, c] per expert, compared as float32 and by magnitude.
         densities: fraction kept per expert; k = round(density * n), n the elements of the unit.
         name: key of the result.
     """
@@ -163,9 +166,9 @@ class _Cutoff(Pass):
 
 
 def _bits(scores: Tensor) -> Tensor:
-    """The bit patterns of non-negative float32 scores, flat: int32, in the same order as the scores."""
+    """The bit patterns of the scores' magnitudes as float32, flat: int32, in the same order as the magnitudes."""
     flat = scores.float().reshape(-1)
-    return flat.view(_int32())
+    return (flat.view(_int32()) & _MAGNITUDE).clamp_(max=_NAN)
 
 
 def _int32() -> Any:

@@ -3,7 +3,7 @@
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def make_model(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def open_fds(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
+def open_fds(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """The descriptors that `os.open` gave out and nobody closed yet."""
     real_open, real_close = os.open, os.close
     held: set[int] = set()
@@ -69,4 +69,4 @@ def open_fds(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
 
     monkeypatch.setattr(os, "open", tracked_open)
     monkeypatch.setattr(os, "close", tracked_close)
-    yield held
+    return held

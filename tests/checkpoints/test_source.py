@@ -27,7 +27,7 @@ def path(tmp_path: Path) -> Path:
 
 def read(source: LocalFile, start: int, stop: int) -> np.ndarray:
     buffer = np.full(stop - start, 7, np.uint8)
-    source.read_into(memoryview(buffer), start)
+    source.read_into(buffer.data, start)
     return buffer
 
 

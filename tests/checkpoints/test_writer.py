@@ -8,6 +8,7 @@ import random
 import shutil
 import stat
 import struct
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -142,10 +143,7 @@ def test_shards_hold_at_most_the_limit_or_one_tensor(sizes: list[int], limit: in
 
 def test_a_hundred_thousand_shards_are_numbered_throughout() -> None:
     shards = plan_shards(((str(i), "U8", (1,)) for i in range(1200)), 1)
-    assert (shards[0].file, shards[-1].file) == (
-        "model-00001-of-01200.safetensors",
-        "model-01200-of-01200.safetensors",
-    )
+    assert (shards[0].file, shards[-1].file) == ("model-00001-of-01200.safetensors", "model-01200-of-01200.safetensors")
 
 
 def test_wider_dtypes_come_first_and_everything_is_aligned() -> None:
@@ -361,6 +359,44 @@ def test_what_makes_the_folder_loadable_is_moved_last(
     assert sorted(moved) == sorted(content(out))
 
 
+@pytest.mark.parametrize("limit", [LIMIT, 10**9])
+def test_every_file_is_on_disk_before_it_moves_and_the_folder_after(
+    out: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    real_sync, real_replace = os.fsync, os.replace
+    synced: list[int] = []  # inodes
+    at_move: dict[int, list[int]] = {}
+
+    def sync(fd: int) -> None:
+        synced.append(os.fstat(fd).st_ino)
+        real_sync(fd)
+
+    def replace(source: Path, target: Path) -> None:
+        at_move[source.stat().st_ino] = [*synced]
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", replace)
+    run(out, limit=limit)
+    assert at_move.keys() == {path.stat().st_ino for path in out.rglob("*") if path.is_file()}
+    assert all(inode in before for inode, before in at_move.items())
+    assert synced[-1] == out.stat().st_ino
+    assert out.stat().st_ino not in at_move.popitem()[1]
+
+
+def test_leaving_the_context_ends_the_hashing_thread(out: Path, open_fds: set[int]) -> None:
+    def hashers() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("streammerge-hash")]
+
+    with CheckpointWriter(out, planned(STATE), IDENTITY) as writer:
+        for name in STATE:
+            writer.write(name, 0, memoryview(raw(STATE[name])))
+            writer.complete(name, {})
+        assert len(hashers()) == 1
+    assert hashers() == []
+    assert not open_fds
+
+
 # --- resume ------------------------------------------------------------------------------------------
 
 
@@ -398,11 +434,7 @@ def test_a_run_goes_on_behind_the_last_finished_shard(out: Path, expected: dict[
 
 @pytest.mark.parametrize(
     ("change", "keys"),
-    [
-        ({"seed": 1}, "seed"),
-        ({"recipe": {"method": "ties"}, "seed": 2}, "recipe, seed"),
-        ({"new": None}, "new"),
-    ],
+    [({"seed": 1}, "seed"), ({"recipe": {"method": "ties"}, "seed": 2}, "recipe, seed"), ({"new": None}, "new")],
 )
 def test_another_identity_is_refused(out: Path, open_fds: set[int], change: dict[str, Any], keys: str) -> None:
     interrupted(out, SHARDS_OF[0])
@@ -572,6 +604,25 @@ def test_overwriting_leaves_nothing_of_the_old(out: Path, expected: dict[str, by
     assert content(out) == expected
 
 
+@pytest.mark.parametrize(("limit", "first"), [(LIMIT, INDEX_FILE), (10**9, SINGLE_FILE)])
+def test_what_makes_the_old_loadable_is_removed_first(
+    out: Path, monkeypatch: pytest.MonkeyPatch, limit: int, first: str
+) -> None:
+    run(out, OTHER, limit)
+    old = set(content(out))
+    real, removed = Path.unlink, []
+
+    def record(path: Path, missing_ok: bool = False) -> None:
+        removed.append(str(path.relative_to(out)))
+        real(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", record)
+    run(out, fresh=True)
+    assert removed[0] == first
+    assert removed[-1] == MANIFEST_FILE
+    assert set(removed) == old
+
+
 def test_overwriting_leaves_the_old_alone_until_publish(out: Path) -> None:
     run(out, OTHER)
     before = content(out)
@@ -697,9 +748,9 @@ def test_a_failing_disk_is_a_transfer_error(
     def fail(*args: Any) -> Any:
         raise OSError(code, os.strerror(code))
 
-    with monkeypatch.context() as patch, pytest.raises(TransferError) as caught:
-        with CheckpointWriter(out, planned(STATE), IDENTITY) as writer:
-            patch.setattr(os, call, fail)
+    with monkeypatch.context() as patch, CheckpointWriter(out, planned(STATE), IDENTITY) as writer:
+        patch.setattr(os, call, fail)
+        with pytest.raises(TransferError) as caught:
             fill(writer, STATE)
     assert words in str(caught.value)
     assert str(caught.value).endswith(os.strerror(code))
@@ -743,6 +794,6 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_a_side_file_that_vanished(out: Path, tmp_path: Path) -> None:
     with CheckpointWriter(out, planned(STATE), IDENTITY) as writer:
         fill(writer, STATE)
-        with pytest.raises(TransferError, match="tokenizer.json: cannot be copied from .*gone"):
+        with pytest.raises(TransferError, match=r"tokenizer\.json: cannot be copied from .*gone"):
             writer.publish({"tokenizer.json": tmp_path / "gone"})
     assert loads(out) is None

@@ -1,0 +1,56 @@
+"""Fixtures of the end-to-end tests."""
+
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+from tiny_models import Models, Result, Run, save_models
+
+from streammerge.cli import main
+
+
+@pytest.fixture(scope="session")
+def saved_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Models that no test may change."""
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def saved_fisher(saved_models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Fisher of the base, with the default settings. No test may change it."""
+    out = tmp_path_factory.mktemp("fisher") / "fisher"
+    assert main(["fisher", "--base", str(saved_models.base), "--out", str(out), "-q"]) == 0
+    return out
+
+
+@pytest.fixture
+def models(saved_models: Models, tmp_path: Path) -> Models:
+    """A copy of the models to be spoilt, in `tmp_path`."""
+    return Models(*(Path(copytree(folder, tmp_path / folder.name)) for folder in saved_models))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line, in this process."""
+
+    def call(*arguments: object) -> Result:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def merged(models: Models, tmp_path: Path, run: Run) -> Callable[..., Path]:
+    """Merge the tiny pair with task arithmetic into `tmp_path / name`."""
+
+    def call(name: str = "merged", *options: object) -> Path:
+        out = tmp_path / name
+        arguments = ("--base", models.base, "--ft", models.ft, "--out", out, "-q", "-m", "task_arithmetic", *options)
+        result = run(*arguments)
+        assert result.code == 0, result.err
+        return out
+
+    return call

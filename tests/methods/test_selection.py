@@ -1,0 +1,202 @@
+"""Selection against a stable sort of all elements, however the stream is cut."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from methods.driver import run_passes
+from torch import Tensor
+
+from streammerge.methods.api import RowBlock, TensorContext, Unit
+from streammerge.methods.selection import Selection, kept_count, top_k_passes
+
+INF, NAN = float("inf"), float("nan")
+Starts = Callable[[int], Sequence[int]]  # number of rows -> the first row of every block
+
+
+def every(rows: int) -> Starts:
+    return lambda total: range(0, total, rows)
+
+
+def whole(total: int) -> Sequence[int]:
+    return [0]
+
+
+def truth(scores: Tensor, k: int) -> Tensor:
+    """The first k of a stable descending sort of the magnitudes (it puts NaN first), as a flat mask."""
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
+    mask[scores.flatten().abs().argsort(descending=True, stable=True)[:k]] = True
+    return mask
+
+
+def select(tensors: Sequence[Sequence[Tensor]], counts: Sequence[int], starts: Starts) -> tuple[list[Tensor], int]:
+    """Select `counts[e]` of expert e's scores from a unit of tensors[t][e] [r, c].
+
+    Returns:
+        One flat mask over the unit per expert, and how many passes read the data.
+    """
+    contexts = [TensorContext(f"t{i}", tuple(scores[0].shape), "F32", 0) for i, scores in enumerate(tensors)]
+    unit = Unit("unit", tuple(contexts))
+    reads = 0
+
+    def blocks() -> Iterator[RowBlock]:
+        nonlocal reads
+        reads += 1
+        offset = 0
+        for context, scores in zip(contexts, tensors, strict=True):
+            firsts = [*starts(context.rows), context.rows]
+            for first, end in pairwise(firsts):
+                stored = [values.view(context.rows, context.columns)[first:end] for values in scores]
+                yield RowBlock(context, offset, first, stored, None, torch.float32)
+            offset += context.numel
+
+    densities = [k / unit.numel for k in counts]
+    selections: list[Selection] = run_passes(top_k_passes(lambda b: b.stored, densities), unit, blocks)["selection"]
+    reads_of_passes = reads
+    assert [selection.kept for selection in selections] == list(counts)
+    parts = [[s.mask(block.stored[e], block.offset).flatten() for block in blocks()] for e, s in enumerate(selections)]
+    return [torch.cat(part) for part in parts], reads_of_passes
+
+
+def deltas(dtype: torch.dtype, n: int = 600) -> Tensor:
+    """Differences of two models stored in `dtype`; in bfloat16 they tie in masses."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(n, generator=generator)
+    tuned = base + 0.01 * torch.randn(n, generator=generator)
+    return (tuned.to(dtype).float() - base.to(dtype).float()).abs()
+
+
+STREAMS = {
+    "random": deltas(torch.float32),
+    "ties": deltas(torch.bfloat16),
+    "denormal": (deltas(torch.float32) * 1e-42),
+    "same high bits": 1 + torch.arange(600).flip(0) % 50 * 2.0**-23,
+    "equal": torch.full((600,), 3.5),
+    "zeros": torch.zeros(600),
+    "signed zeros": torch.tensor([0.0, -0.0, 1e-45] * 200),
+    "not finite": torch.tensor([1.0, NAN, INF, -NAN, -INF, 0.0] * 100),
+    "all NaN": torch.tensor([NAN, -NAN] * 300),
+}
+
+
+def test_the_streams_are_what_they_are_called() -> None:
+    assert len(STREAMS["ties"].unique()) < 100 < 590 < len(STREAMS["random"].unique())
+    assert 0 < STREAMS["denormal"].max() < torch.finfo(torch.float32).tiny
+    assert len((STREAMS["same high bits"].view(torch.int32) >> 16).unique()) == 1
+
+
+@pytest.mark.parametrize("starts", [whole, every(1), every(7), lambda rows: [0, 1, 2, rows // 2]])
+@pytest.mark.parametrize("name", STREAMS)
+def test_equals_a_stable_sort(name: str, starts: Starts) -> None:
+    scores = STREAMS[name].view(100, 6)
+    for k in (0, 1, 2, 199, 200, 201, 300, 401, 599, 600):
+        (mask,), _ = select([[scores]], [k], starts)
+        assert torch.equal(mask, truth(scores, k)), k
+
+
+@pytest.mark.parametrize("k", [0, 1])
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, 1e-45, INF, NAN])
+def test_one_element(value: float, k: int) -> None:
+    assert select([[torch.tensor([[value]])]], [k], whole)[0][0].tolist() == [bool(k)]
+
+
+def test_every_nan_counts_the_same() -> None:
+    """Devices differ in the NaN they make, so its bits must not matter."""
+    bits = torch.tensor([0x7F800000, 0x7F800001, 0x7FC00000, -1, 0x7FFFFFFF], dtype=torch.int32)
+    (mask,), _ = select([[bits.view(torch.float32).view(1, -1)]], [2], whole)
+    assert mask.tolist() == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 1000])
+def test_several_experts_and_tensors(rows: int) -> None:
+    """The flat index goes on from one tensor of the unit to the next: ties are kept from the first tensor first."""
+    shapes = [(10, 6), (1, 40), (100, 5)]
+    experts = [STREAMS["ties"], STREAMS["random"], STREAMS["equal"], STREAMS["not finite"], STREAMS["zeros"]]
+    tensors = [
+        [part.view(shape) for part in parts]
+        for shape, parts in zip(shapes, zip(*(e.split([60, 40, 500]) for e in experts), strict=True), strict=True)
+    ]
+    counts = [120, 240, 90, 301, 600]
+    masks, _ = select(tensors, counts, every(rows))
+    for mask, scores, k in zip(masks, experts, counts, strict=True):
+        assert torch.equal(mask, truth(scores, k))
+
+
+def test_float64_and_bfloat16_scores() -> None:
+    """Scores are compared as float32: what rounds to the same value ties."""
+    wide = torch.tensor([[1.0, 1.0 + 1e-12, 2.0, -3.0]], dtype=torch.float64)
+    assert select([[wide]], [3], whole)[0][0].tolist() == [True, False, True, True]
+    narrow = STREAMS["ties"].bfloat16().view(1, -1)
+    assert torch.equal(select([[narrow]], [250], whole)[0][0], truth(narrow.float(), 250))
+
+
+# Bit patterns of zeros, the least denormal, 1 and its neighbour, infinity and several NaN; and anything else.
+PATTERNS = st.sampled_from([0, 1 << 31, 1, 0x3F800000, 0x3F800001, 0x7F800000, 0x7F800001, 0x7FC00000, 0xFFFFFFFF])
+BITS = PATTERNS | st.integers(0, 2**32 - 1)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(st.data())
+def test_any_scores_any_cut(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 40))
+    experts = data.draw(st.lists(st.lists(BITS, min_size=n, max_size=n), min_size=1, max_size=3))
+    counts = [data.draw(st.integers(0, n)) for _ in experts]
+    second = data.draw(st.integers(0, n - 1))  # where the unit's second tensor begins; 0: there is one
+    cuts = data.draw(st.sets(st.integers(1, n)))
+    flat = [torch.tensor([b - ((b >> 31) << 32) for b in e], dtype=torch.int32).view(torch.float32) for e in experts]
+    spans = [(0, second), (second, n)] if second else [(0, n)]
+    tensors = [[scores[a:b].view(-1, 1) for scores in flat] for a, b in spans]
+    masks, _ = select(tensors, counts, lambda rows: [0, *sorted(c for c in cuts if c < rows)])
+    for mask, scores, k in zip(masks, flat, counts, strict=True):
+        assert mask.tolist() == truth(scores, k).tolist()
+
+
+@pytest.mark.parametrize(
+    ("experts", "counts", "reads"),
+    [
+        ([[5, 4, 3, 3]], [0], 1),  # nothing is kept: no threshold to refine
+        ([[5, 4, 3, 3]], [4], 1),
+        ([[5, 4, 3, 3]], [2], 2),  # no ties at the threshold
+        ([[4, 4, 3, 3]], [2], 2),  # all ties are kept
+        ([[5, 4, 3, 3]], [3], 3),  # one of the two ties goes
+        ([[5, 4, 3, 3], [5, 4, 3, 3]], [0, 2], 2),
+        ([[5, 4, 3, 3], [5, 4, 3, 3]], [4, 3], 3),
+    ],
+)
+def test_passes_that_are_not_needed_are_skipped(experts: list[list[int]], counts: list[int], reads: int) -> None:
+    scores = [torch.tensor([row]).float() for row in experts]
+    masks, found = select([scores], counts, whole)
+    assert found == reads
+    assert [mask.tolist() for mask in masks] == [truth(s, k).tolist() for s, k in zip(scores, counts, strict=True)]
+
+
+def test_a_long_stream_of_equal_halves() -> None:
+    """2^24 + 1000 ties and as many larger scores, made block by block: counts beyond what float32 can count."""
+    rows, columns = 1 << 8, (1 << 17) + 8
+    half = rows // 2 * columns
+    tensor = TensorContext("w", (rows, columns), "F32", 0)
+    unit = Unit("w", (tensor,))
+
+    def blocks() -> Iterator[RowBlock]:
+        for row in range(0, rows, 8):
+            value = 1.0 if row < rows // 2 else 2.0
+            yield RowBlock(tensor, 0, row, [torch.tensor(value).expand(8, columns)], None, torch.float32)
+
+    assert half > 1 << 24
+    for ones, twos in [(0, half - 1), (0, half), ((1 << 24) + 1, half)]:
+        (found,) = run_passes(top_k_passes(lambda b: b.stored, [(ones + twos) / unit.numel]), unit, blocks)["selection"]
+        for block in blocks():
+            mask = found.mask(block.stored[0], block.offset).flatten()
+            kept, start = (ones, 0) if block.row < rows // 2 else (twos, half)
+            before = min(max(start + kept - block.offset, 0), len(mask))
+            assert int(mask.sum()) == before and bool(mask[:before].all())
+
+
+@pytest.mark.parametrize(
+    ("density", "numel", "kept"), [(0.5, 5, 2), (0.5, 7, 4), (0.2, 9, 2), (0.0, 9, 0), (1.0, 9, 9)]
+)
+def test_kept_count_rounds_half_to_even(density: float, numel: int, kept: int) -> None:
+    assert kept_count(density, numel) == kept

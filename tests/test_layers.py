@@ -1,0 +1,119 @@
+"""A module imports only from what comes before it, and importing the package stays cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import streammerge
+
+PACKAGE = Path(streammerge.__file__).parent
+
+# The reading order: each entry may import from itself and from those above.
+ORDER = [
+    "_version",
+    "errors",
+    "units",
+    "schema",
+    "progress",
+    "checkpoints.header",
+    "checkpoints.source",
+    "checkpoints.buffers",
+    "checkpoints.checkpoint",
+    "checkpoints.journal",
+    "checkpoints.writer",
+    "checkpoints.locate",
+    "checkpoints",
+    "fisher.probes",
+    "fisher.coefficients",
+    "fisher.store",
+    "fisher.blocks",
+    "fisher.walk",
+    "fisher.measure",
+    "fisher",
+    "methods.api",
+    "methods.selection",
+    "methods.linear",
+    "methods.task_arithmetic",
+    "methods.ties",
+    "methods.fim",
+    "methods",
+    "recipe",
+    "compatibility",
+    "budget",
+    "plan",
+    "report",
+    "stream",
+    "engine",
+    "merge",
+    "verify",
+    "",
+    "demo",
+    "cli",
+    "__main__",
+]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the package a file imports, at any depth of nesting."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "streammerge":
+            module = node.module.removeprefix("streammerge").lstrip(".")
+            submodules = {f"{module}.{alias.name}".lstrip(".") for alias in node.names} & set(MODULES)
+            names |= submodules or {module}
+        elif isinstance(node, ast.Import):
+            names |= {
+                a.name.removeprefix("streammerge").lstrip(".") for a in node.names if a.name.startswith("streammerge")
+            }
+    return names
+
+
+def test_the_order_lists_every_module() -> None:
+    assert set(ORDER) == set(MODULES)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_point_upwards(module: str) -> None:
+    below = [name for name in imported(MODULES[module]) if ORDER.index(name) > ORDER.index(module)]
+    # fisher() loads the code that imports transformers only when it is called
+    assert [name for name in below if (module, name) != ("fisher", "fisher.measure")] == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import streammerge", "import streammerge.cli", "from streammerge.cli import main; main(['--version'])"],
+)
+def test_heavy_libraries_are_imported_when_needed(statement: str) -> None:
+    heavy = ["torch", "transformers", "accelerate", "huggingface_hub", "safetensors", "numpy"]
+    code = f"{statement}\nimport sys\nprint([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_planning_local_models_needs_no_torch(tmp_path: Path) -> None:
+    from make_checkpoints import make_pair
+
+    base, ft = make_pair("tiny", tmp_path, say=lambda line: None)
+    code = (
+        "import sys\nfrom streammerge.cli import main\n"
+        f"status = main(['plan', '--base', {str(base)!r}, '--ft', {str(ft)!r}])\n"
+        "print(status, [name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "0 []"
+
+
+def test_public_names() -> None:
+    assert sorted(streammerge.__all__, key=str.swapcase) == sorted(set(streammerge.__all__), key=str.swapcase)
+    assert all(hasattr(streammerge, name) for name in streammerge.__all__)
