@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 from streammerge.checkpoints.checkpoint import block_index
 from streammerge.checkpoints.header import tensor_nbytes
-from streammerge.checkpoints.writer import CheckpointWriter, plan_shards
+from streammerge.checkpoints.layout import plan_shards
+from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.errors import OutputExistsError, RecipeError, StreammergeError
 from streammerge.units import format_size, parse_size
 

@@ -1,8 +1,4 @@
-"""The command line: each command is one call of the library. Results to stdout, progress and errors to stderr.
-
-The methods' parameters and the Fisher settings become options by themselves, from their schemas: a new
-method needs no line here.
-"""
+"""The command line: each command is one call of the library. Results to stdout, progress and errors to stderr."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +16,32 @@ import streammerge
 from streammerge.checkpoints.locate import HUB_SCHEME
 from streammerge.errors import RecipeError, StreammergeError
 from streammerge.fisher.store import FisherRecord, FisherSettings
-from streammerge.methods import METHODS
-from streammerge.recipe import DEFAULT_METHOD, load_recipe, make_recipe
+from streammerge.options import (
+    AllowNonfinite,
+    AsJson,
+    Base,
+    Debug,
+    Device,
+    DryRun,
+    FisherFrom,
+    Ft,
+    HubBase,
+    HubFt,
+    MaxRam,
+    MaxShard,
+    MethodName,
+    Out,
+    Overwrite,
+    Quiet,
+    RecipeFile,
+    SaveFisher,
+    Threads,
+    fisher_options,
+    fisher_settings,
+    method_options,
+    parameter_help,
+)
+from streammerge.recipe import load_recipe, make_recipe
 from streammerge.report import block_rows, fisher_rows, plan_text, table
 from streammerge.schema import build
 from streammerge.units import format_size, parse_size
@@ -34,46 +54,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-MODELS, METHOD, FISHER, RESOURCES = "Models", "Parameters of the methods", "Fisher", "Resources"
-
-RecipeFile = Annotated[Path | None, typer.Argument(help="YAML recipe; options given besides go before its values.")]
-Base = Annotated[str | None, typer.Option(help="Base model: folder or org/name\\[@revision].", rich_help_panel=MODELS)]
-Ft = Annotated[
-    list[str] | None, typer.Option(help="Fine-tuned model, likewise. Repeat for several.", rich_help_panel=MODELS)
-]
-HubBase = Annotated[str | None, typer.Option(help="Base model, always from the Hub.", rich_help_panel=MODELS)]
-HubFt = Annotated[
-    list[str] | None, typer.Option(help="Fine-tuned model, always from the Hub. Repeat.", rich_help_panel=MODELS)
-]
-MethodName = Annotated[
-    str | None, typer.Option("--method", "-m", help=f"Merge method: {', '.join(METHODS)}. (default: {DEFAULT_METHOD})")
-]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Output folder: new, empty, or left unfinished.")]
-FisherFrom = Annotated[
-    Path | None, typer.Option("--fisher", help="Folder of a Fisher to reuse.", rich_help_panel=FISHER)
-]
-SaveFisher = Annotated[
-    Path | None, typer.Option(help="Keep the Fisher in this folder, for other merges.", rich_help_panel=FISHER)
-]
-Device = Annotated[
-    str | None, typer.Option(help="Where a Fisher pass runs: cpu, cuda, cuda:1. (default: a GPU if there is one)")
-]
-MaxRam = Annotated[
-    str, typer.Option(help="Host memory for buffers, besides the import of torch.", rich_help_panel=RESOURCES)
-]
-MaxShard = Annotated[
-    str | None, typer.Option(help="Largest shard of the output. (default: 5GB)", rich_help_panel=RESOURCES)
-]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="Workers. (default: the processors, at most 8)", rich_help_panel=RESOURCES)
-]
-AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the inputs through.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished merge in --out, or start anew.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only plan: read headers, check, print.")]
 
 
 def merge(
@@ -107,8 +87,8 @@ def merge(
     values |= {key: value for key, value in settings.items() if value is not None}
     if allow_nonfinite:
         values["allow_nonfinite"] = True
-    values["fisher"] = {**_mapping(values, "fisher"), **_fisher_settings(options)}
-    given = {name: options[name] for name in _parameter_help() if options.get(name)}
+    values["fisher"] = {**_mapping(values, "fisher"), **fisher_settings(options)}
+    given = {name: options[name] for name in parameter_help() if options.get(name)}
     values["parameters"] = {**_mapping(values, "parameters"), **{k: _plain(v) for k, v in given.items()}}
     if "base" not in values:
         raise typer.BadParameter("give the base model", param_hint="--base")
@@ -164,7 +144,7 @@ def fisher(
     record = streammerge.fisher(
         model,
         out,
-        build(FisherSettings, _fisher_settings(options), "Fisher settings"),
+        build(FisherSettings, fisher_settings(options), "Fisher settings"),
         device=device,
         max_shard_bytes=parse_size(max_shard_size or "5GB"),
         overwrite=overwrite,
@@ -247,45 +227,6 @@ def _register(command: Callable[..., None], *extra: inspect.Parameter, like: Any
     app.command(command.__name__)(run)
 
 
-def _parameter_help() -> dict[str, str]:
-    """Every method parameter with its description, and the default of each method that has it."""
-    texts: dict[str, str] = {}
-    defaults: dict[str, dict[str, list[str]]] = {}
-    for name, method in METHODS.items():
-        for schema in (method.Parameters, method.Expert):
-            for key, field in schema.model_fields.items():
-                texts.setdefault(key, field.description or "")
-                defaults.setdefault(key, {}).setdefault(str(field.default).lower(), []).append(name)
-    for key, by_value in defaults.items():
-        told = "; ".join(f"{', '.join(methods)}: {value}" for value, methods in by_value.items())
-        texts[key] = f"{texts[key][:1].upper()}{texts[key][1:]} ({told})."
-    return texts
-
-
-def _method_options() -> Iterator[inspect.Parameter]:
-    for key, text in _parameter_help().items():
-        option = typer.Option(f"--{key.replace('_', '-')}", help=text, rich_help_panel=METHOD, metavar="VALUE")
-        yield inspect.Parameter(
-            key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, option]
-        )
-
-
-def _fisher_options() -> Iterator[inspect.Parameter]:
-    for key, field in FisherSettings.model_fields.items():
-        flag = field.annotation is bool
-        name = key if flag else f"fisher_{key}"
-        default = "" if field.default in (None, False) else f" (default: {field.default})"
-        text = f"{(field.description or '')[:1].upper()}{(field.description or '')[1:]}{default}."
-        option = typer.Option(f"--{name.replace('_', '-')}", help=text, rich_help_panel=FISHER)
-        kind: Any = Annotated[bool, option] if flag else Annotated[str | None, option]
-        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False if flag else None, annotation=kind)
-
-
-def _fisher_settings(options: dict[str, Any]) -> dict[str, Any]:
-    named = {key: options.get(key, options.get(f"fisher_{key}")) for key in FisherSettings.model_fields}
-    return {key: value for key, value in named.items() if value not in (None, False)}
-
-
 def _models(base: str | None, ft: list[str] | None, hub_base: str | None, hub_ft: list[str] | None) -> dict[str, Any]:
     if base and hub_base:
         raise typer.BadParameter("give one of --base and --hub-base", param_hint="--hub-base")
@@ -351,11 +292,9 @@ def _root(
     del version
 
 
-_register(merge, *_method_options(), *_fisher_options())
-_register(
-    plan, *_method_options(), *_fisher_options(), like=merge, drop="out save_fisher device overwrite dry_run quiet"
-)
-_register(fisher, *_fisher_options())
+_register(merge, *method_options(), *fisher_options())
+_register(plan, *method_options(), *fisher_options(), like=merge, drop="out save_fisher device overwrite dry_run quiet")
+_register(fisher, *fisher_options())
 _register(verify)
 _register(demo)
 _COMMANDS = {command.name for command in app.registered_commands}

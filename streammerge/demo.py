@@ -17,7 +17,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from streammerge.checkpoints.writer import check_output
+from streammerge.checkpoints.output import check_output
 from streammerge.errors import OutputExistsError, TransferError
 from streammerge.merge import merge
 from streammerge.progress import progress_bar
@@ -173,7 +173,7 @@ def _claim(out: Path, merged: Path) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from more threads, and one gives the same bits on any number of cores."""
+    """On a busy machine, matrices this small lose more by waiting for a second thread than they gain from it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -11,7 +11,8 @@ from typing import Any
 from streammerge._version import __version__
 from streammerge.budget import DEFAULT_MAX_RAM
 from streammerge.checkpoints.checkpoint import CARD_FILE, MANIFEST_FILE, Checkpoint
-from streammerge.checkpoints.writer import CheckpointWriter, check_output
+from streammerge.checkpoints.output import check_output
+from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.errors import CheckpointError, RecipeError
 from streammerge.fisher import fisher as measure_fisher
 from streammerge.fisher.store import FISHER_FILE, FisherRecord, check_same_base, open_fisher

@@ -19,8 +19,8 @@ from streammerge.budget import (
 )
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
 from streammerge.checkpoints.header import TensorInfo
+from streammerge.checkpoints.layout import Shard, plan_shards
 from streammerge.checkpoints.locate import open_model
-from streammerge.checkpoints.writer import Shard, plan_shards
 from streammerge.compatibility import Match, match_experts, refuse_quantised
 from streammerge.fisher.store import STORED_AS, FisherRecord, open_fisher
 from streammerge.methods.api import Method, TensorContext, Unit

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from streammerge._version import __version__
-from streammerge.checkpoints.writer import file_names
+from streammerge.checkpoints.layout import file_names
 from streammerge.fisher.store import FisherRecord
 from streammerge.methods.api import Method
 from streammerge.plan import MergePlan

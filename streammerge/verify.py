@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from streammerge.checkpoints.buffers import as_bytes
 from streammerge.checkpoints.checkpoint import MANIFEST_FILE, Checkpoint, torch_dtype
@@ -30,9 +33,9 @@ def verify(folder: str | Path, *, progress: bool = False) -> dict[str, Any]:
         CheckpointError: there is no manifest to compare with.
     """
     folder = Path(folder)
-    manifest = _manifest(folder)
-    problems = [f"file {name} is missing" for name in manifest["files"] if not (folder / name).is_file()]
-    problems += _check_hashes(folder, manifest["shards"], progress)
+    manifest = _read_manifest(folder)
+    problems = [f"file {name} is missing" for name in manifest.files if not (folder / name).is_file()]
+    problems += _check_hashes(folder, manifest.shards, progress)
     nonfinite: list[str] = []
     count = total = 0
     try:
@@ -42,60 +45,94 @@ def verify(folder: str | Path, *, progress: bool = False) -> dict[str, Any]:
             count, total = len(checkpoint.tensors), sum(info.nbytes for info in checkpoint.tensors.values())
     except StreammergeError as error:
         problems.append(str(error))
-    if not manifest["recipe"]["allow_nonfinite"]:
+    if not manifest.recipe.allow_nonfinite:
         problems += [f"tensor {name!r} holds NaN or Inf" for name in nonfinite]
     return {"ok": not problems, "problems": problems, "tensors": count, "bytes": total, "nonfinite": nonfinite}
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+class _Part(BaseModel):
+    """Part of a manifest, as far as it is compared; the rest is what happened, which no later look can tell."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class _Tensor(_Part):
+    dtype: str
+    shape: list[int]
+
+
+class _Shard(_Part):
+    bytes: int
+    sha256: str
+
+
+class _Recipe(_Part):
+    allow_nonfinite: bool
+
+
+def _inside(name: str) -> str:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError("outside the folder")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_inside)]
+
+
+class _Manifest(_Part):
+    recipe: _Recipe
+    tensors: dict[str, _Tensor] = Field(min_length=1)
+    shards: dict[FileName, _Shard] = Field(min_length=1)
+    files: list[FileName]
+
+
+def _read_manifest(folder: Path) -> _Manifest:
     path = folder / MANIFEST_FILE
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name the system cannot hold
         raise CheckpointError(f"{folder}: there is no {MANIFEST_FILE}, so this is no finished merge of streammerge")
     try:
-        manifest = json.loads(path.read_text("utf-8"))
-        shapes = {name: (entry["dtype"], entry["shape"]) for name, entry in manifest["tensors"].items()}
-        hashes = {file: (entry["bytes"], entry["sha256"]) for file, entry in manifest["shards"].items()}
-        well_formed = (
-            shapes and hashes and isinstance(manifest["files"], list) and "allow_nonfinite" in manifest["recipe"]
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        well_formed = False
-    if not well_formed:
-        raise CheckpointError(f"{folder}, file {MANIFEST_FILE}: damaged: not a manifest of streammerge")
-    return manifest  # type: ignore[no-any-return]
+        return _Manifest.model_validate(json.loads(path.read_text("utf-8")))
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{folder}, file {MANIFEST_FILE}: damaged: not a manifest of streammerge") from None
 
 
-def _check_hashes(folder: Path, shards: Mapping[str, Mapping[str, Any]], progress: bool) -> list[str]:
+def _check_hashes(folder: Path, shards: Mapping[str, _Shard], progress: bool) -> list[str]:
     problems = []
-    total = sum(entry["bytes"] for entry in shards.values())
+    total = sum(entry.bytes for entry in shards.values())
     with progress_bar(total, "Hash", "B", progress) as bar:
         for file, entry in shards.items():
             path = folder / file
             if not path.is_file():
                 continue  # reported among the files
-            if path.stat().st_size != entry["bytes"]:
-                problems.append(f"file {file} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
+            if path.stat().st_size != entry.bytes:
+                problems.append(f"file {file} has {path.stat().st_size} bytes, the manifest says {entry.bytes}")
                 continue
             digest = hashlib.sha256()
-            with path.open("rb") as source:
-                while piece := source.read(_PIECE):
-                    digest.update(piece)
-                    bar.update(len(piece))
-            if digest.hexdigest() != entry["sha256"]:
+            try:
+                with path.open("rb") as source:
+                    while piece := source.read(_PIECE):
+                        digest.update(piece)
+                        bar.update(len(piece))
+            except OSError as error:
+                problems.append(f"file {file} cannot be read: {error.strerror}")
+                continue
+            if digest.hexdigest() != entry.sha256:
                 problems.append(f"file {file} differs from the SHA-256 in the manifest")
     return problems
 
 
-def _check_headers(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> list[str]:
-    problems = []
-    for name in sorted({*manifest["tensors"], *checkpoint.tensors}):
-        info, entry = checkpoint.tensors.get(name), manifest["tensors"].get(name)
+def _check_headers(checkpoint: Checkpoint, manifest: _Manifest) -> list[str]:
+    files = {info.file for info in checkpoint.tensors.values()}
+    problems = [f"file {file} is not among the manifest's shards" for file in sorted(files - manifest.shards.keys())]
+    for name in sorted({*manifest.tensors, *checkpoint.tensors}):
+        info, entry = checkpoint.tensors.get(name), manifest.tensors.get(name)
         if info is None:
             problems.append(f"tensor {name!r} is missing")
         elif entry is None:
             problems.append(f"tensor {name!r} is not in the manifest")
-        elif (info.dtype, list(info.shape)) != (entry["dtype"], entry["shape"]):
-            found, wanted = f"{info.dtype} {list(info.shape)}", f"{entry['dtype']} {entry['shape']}"
+        elif (info.dtype, list(info.shape)) != (entry.dtype, entry.shape):
+            found, wanted = f"{info.dtype} {list(info.shape)}", f"{entry.dtype} {entry.shape}"
             problems.append(f"tensor {name!r} is {found}, the manifest says {wanted}")
     return problems
 

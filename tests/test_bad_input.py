@@ -63,12 +63,12 @@ def cut(size: int) -> Spoil:
     return lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:size])
 
 
-def offsets(start: int, stop: int) -> Spoil:
+def offsets(start: int, stop: int, name: str = MATRIX) -> Spoil:
     """Move one tensor's bytes by this much."""
 
     def change(entries: dict[str, Any]) -> None:
-        place = entries[MATRIX]["data_offsets"]
-        entries[MATRIX]["data_offsets"] = [place[0] + start, place[1] + stop]
+        place = entries[name]["data_offsets"]
+        entries[name]["data_offsets"] = [place[0] + start, place[1] + stop]
 
     return lambda folder: edit_header(folder, change)
 
@@ -100,6 +100,7 @@ def empty(folder: Path) -> None:
 
 
 IN_FILE = f"file {WEIGHTS}: "
+LAST = "model.norm.weight"  # in the file
 BROKEN: dict[str, tuple[Spoil, list[str]]] = {
     "cut in the data": (cut(-10), [IN_FILE, "truncated or corrupt: tensor", "download the file again"]),
     "cut in the header": (cut(100), [IN_FILE, "truncated: the header ends at byte"]),
@@ -110,7 +111,7 @@ BROKEN: dict[str, tuple[Spoil, list[str]]] = {
     "header no JSON": (lambda f: put_header(f, b"{nonsense"), [IN_FILE, "the header is not valid JSON"]),
     "overlapping offsets": (offsets(-4, -4), [IN_FILE, MATRIX, "overlaps the tensor before it"]),
     "a gap": (offsets(4, 4), [IN_FILE, MATRIX, "leaves a gap before it"]),
-    "offsets beyond the file": (offsets(10**9, 10**9), [IN_FILE, MATRIX, "truncated or corrupt"]),
+    "offsets beyond the file": (offsets(4, 4, LAST), [IN_FILE, LAST, "truncated or corrupt"]),
     "offsets backwards": (offsets(10**6, 0), [IN_FILE, MATRIX, "bad data_offsets"]),
     "offsets unlike the shape": (offsets(0, 4), [IN_FILE, MATRIX, "F32 [32, 16] does not fit its 2052 bytes"]),
     "unknown dtype": (
@@ -169,7 +170,7 @@ BROKEN: dict[str, tuple[Spoil, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("role", Models._fields)
+@pytest.mark.parametrize("role", ["base", "ft2"])
 @pytest.mark.parametrize(("change", "words"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_model(models: Models, tmp_path: Path, run: Run, role: str, change: Spoil, words: list[str]) -> None:
     folder = getattr(models, role)
@@ -186,9 +187,8 @@ def test_what_is_broken_above_is_whole_before(models: Models, tmp_path: Path, ru
     assert run(*command(models, tmp_path, *TASK_ARITHMETIC)).code == 0
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("name", "value"), [(MATRIX, torch.nan), (NORM, torch.inf), (EMBEDDING, -torch.inf)])
 @pytest.mark.parametrize("role", Models._fields)
-@pytest.mark.parametrize("name", [MATRIX, NORM, EMBEDDING])
 def test_nan_and_inf(models: Models, tmp_path: Path, run: Run, role: str, name: str, value: float) -> None:
     folder = getattr(models, role)
     spoil(folder, name, value)
@@ -211,15 +211,12 @@ def test_nan_in_any_dtype(models: Models, tmp_path: Path, run: Run, dtype: torch
     refused(run, tmp_path, arguments, f"model {models.ft}", MATRIX, "non-finite")
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("name", [MATRIX, NORM, EMBEDDING])
-@pytest.mark.parametrize("more", [(), ("--allow-nonfinite",)])
-def test_nan_and_inf_before_a_fisher_pass(
-    models: Models, tmp_path: Path, run: Run, name: str, value: float, more: tuple[str, ...]
-) -> None:
+@pytest.mark.parametrize(("name", "value"), [(MATRIX, torch.nan), (NORM, torch.inf), (EMBEDDING, torch.nan)])
+def test_nan_and_inf_before_a_fisher_pass(models: Models, tmp_path: Path, run: Run, name: str, value: float) -> None:
     spoil(models.base, name, value)
     words = (f"model {models.base}, {IN_FILE}tensor '{name}' holds 1 non-finite values", "Fisher cannot be measured")
-    refused(run, tmp_path, command(models, tmp_path, *more), *words)
+    refused(run, tmp_path, command(models, tmp_path), *words)
+    refused(run, tmp_path, command(models, tmp_path, "--allow-nonfinite"), *words)
     refused(run, tmp_path, ("fisher", "--base", models.base, "--out", tmp_path / "f", "-q"), *words)
 
 
@@ -231,7 +228,7 @@ def test_nan_and_inf_where_blocks_are_scored(
     folder = getattr(models, role)
     spoil(folder, MATRIX, value)
     arguments = command(models, tmp_path, "--fisher", saved_fisher)
-    refused(run, tmp_path, arguments, f"model {folder}, {IN_FILE}tensor '{MATRIX}'", "--allow-nonfinite")
+    refused(run, tmp_path, arguments, f"model {folder}, {IN_FILE}tensor '{MATRIX}' holds 1 non-finite", "--allow")
     words = f"model {folder}: its task vector in decoder block 1 is not finite"
     refused(run, tmp_path, (*arguments, "--allow-nonfinite"), words, "choose a method that needs none")
 
@@ -309,7 +306,11 @@ TAKEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "lies in an input": (lambda root: None, "ft/deep/out", "output folder {out} lies inside {root}/ft: choose another"),
     "is a file": (lambda root: (root / "out").write_text("x"), "out", "output {out} is a file: choose another --out"),
-    "lies in a file": (lambda root: (root / "f").write_text("x"), "f/out", "{out}: "),
+    "lies in a file": (
+        lambda root: (root / "f").write_text("x"),
+        "f/out",
+        "{out}/.streammerge: cannot be prepared: Not a",
+    ),
     "has no possible name": (lambda root: None, "n" * 300, "cannot be an output folder: File name too long"),
 }
 

@@ -11,6 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.errors import CheckpointError, TransferError
@@ -55,6 +56,12 @@ def locate(reference: str) -> Location:
 def open_model(reference: str) -> Checkpoint:
     """Locate a model and open its headers."""
     location = locate(reference)
+    if location.revision is not None and not any(location.folder.rglob("*.safetensors")):
+        raise CheckpointError(
+            f"model {location.id}: the repository holds no safetensors files, and streammerge loads no pickled ones; "
+            f"convert them with transformers: AutoModelForCausalLM.from_pretrained({location.id!r}, dtype='auto')"
+            ".save_pretrained(NEW_FOLDER)"
+        )
     return Checkpoint.open(location.folder, id=location.id, revision=location.revision)
 
 
@@ -69,11 +76,20 @@ def _download(repository: str, revision: str | None) -> Location:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from huggingface_hub.utils.tqdm import tqdm as hub_bar
+
+    class TerminalBar(hub_bar):
+        """The client's bar, but only on a terminal."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{"disable": None, **options})  # type: ignore[no-untyped-call]
 
     where = f"model {repository}" + (f"@{revision}" if revision else "")
     try:
         folder = Path(
-            snapshot_download(repository, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
+            snapshot_download(
+                repository, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, tqdm_class=TerminalBar
+            )
         )
     except GatedRepoError:
         raise CheckpointError(f"{where}: gated: ask for access on its page, then `hf auth login`") from None

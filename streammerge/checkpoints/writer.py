@@ -1,4 +1,4 @@
-"""Writing a checkpoint: layout from headers alone, header first, tensors at their offsets, index last.
+"""Writing a checkpoint: header first, tensors at their offsets, index last.
 
 The work happens in a hidden folder inside the output folder. Each finished shard is fsynced and recorded in
 a journal with its SHA-256; the index (or the single `model.safetensors`) moves into place last, so that a
@@ -9,126 +9,22 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from contextlib import suppress
+from pathlib import Path
 from threading import Lock
 from typing import Any, Self
 
 from streammerge.checkpoints.checkpoint import INDEX_FILE, MANIFEST_FILE, SINGLE_FILE
-from streammerge.checkpoints.header import DTYPES, TensorInfo, encode_header, tensor_nbytes
+from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.journal import Journal
+from streammerge.checkpoints.layout import Shard
+from streammerge.checkpoints.output import WORK_DIR, files_of_manifest, transfer_errors
 from streammerge.errors import OutputExistsError, TransferError
 from streammerge.units import format_size
 
-WORK_DIR = ".streammerge"
 _HASH_PIECE = 1 << 20
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file to be written: its name, its header bytes, its tensors with absolute offsets, its size."""
-
-    file: str
-    header: bytes
-    tensors: tuple[TensorInfo, ...]
-    size: int
-
-
-def plan_shards(tensors: Iterable[tuple[str, str, tuple[int, ...]]], max_shard_bytes: int) -> tuple[Shard, ...]:
-    """Cut (name, dtype, shape) triples, in order, into shards of at most `max_shard_bytes` tensor bytes each.
-
-    A tensor larger than that gets a shard of its own. Within a shard wider dtypes come first, so that every
-    tensor is aligned to its element size, as the format's own writer does.
-    """
-    groups: list[list[TensorInfo]] = [[]]
-    filled = 0
-    for name, dtype, shape in tensors:
-        nbytes = tensor_nbytes(dtype, shape)
-        if groups[-1] and filled + nbytes > max_shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(TensorInfo(name, dtype, tuple(shape), "", 0, nbytes))
-        filled += nbytes
-    count = len(groups)
-    names = [SINGLE_FILE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-    return tuple(_lay_out(file, group) for file, group in zip(names, groups, strict=True))
-
-
-def _lay_out(file: str, tensors: list[TensorInfo]) -> Shard:
-    ordered = sorted(tensors, key=lambda info: -DTYPES[info.dtype].bits)
-    placed, position = [], 0
-    for info in ordered:
-        placed.append(TensorInfo(info.name, info.dtype, info.shape, file, position, position + info.nbytes))
-        position += info.nbytes
-    header = encode_header(placed)
-    shift = len(header)
-    absolute = tuple(TensorInfo(t.name, t.dtype, t.shape, file, t.start + shift, t.stop + shift) for t in placed)
-    return Shard(file, header, absolute, shift + position)
-
-
-def file_names(shards: Sequence[Shard]) -> list[str]:
-    """The weight files of a checkpoint of these shards, the index included where there is one."""
-    return [*(shard.file for shard in shards), *([INDEX_FILE] if len(shards) > 1 else [])]
-
-
-def check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifest: str = MANIFEST_FILE) -> None:
-    """Refuse an output folder that is an input, lies in one, or holds something else than an unfinished run of ours.
-
-    With `overwrite`, a finished checkpoint of ours (one with `manifest`) is fine too, as long as it holds nothing
-    we did not write.
-
-    Raises:
-        OutputExistsError: naming what is in the way and what to do.
-        TransferError: the folder cannot be looked into.
-    """
-    with _transfer(folder, "cannot be an output folder"):
-        _check_output(folder, inputs, overwrite, manifest)
-
-
-def _check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifest: str) -> None:
-    for path in inputs:
-        if folder.resolve() == path.resolve():
-            raise OutputExistsError(f"output folder {folder} is also an input: choose another --out")
-        if path.resolve() in folder.resolve().parents:
-            raise OutputExistsError(f"output folder {folder} lies inside {path}: choose another --out")
-    if folder.exists() and not folder.is_dir():
-        raise OutputExistsError(f"output {folder} is a file: choose another --out")
-    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if not found:
-        return
-    ours = _files_of_manifest(folder, manifest)
-    if overwrite and ours is not None:
-        foreign = found - {Path(name).parts[0] for name in ours} - {WORK_DIR}
-        if foreign:
-            raise OutputExistsError(f"output folder {folder} also holds {min(foreign)!r}, which is not ours to remove")
-    elif WORK_DIR not in found:
-        advice = "or replace that merge with --overwrite" if ours is not None else "or empty it"
-        raise OutputExistsError(f"output folder {folder} is not empty ({min(found)!r}): choose another --out {advice}")
-
-
-def _files_of_manifest(folder: Path, manifest: str) -> list[str] | None:
-    """The files of a finished checkpoint of ours; None where there is none, or its manifest names a file elsewhere."""
-    try:
-        paths = [PurePosixPath(name) for name in json.loads((folder / manifest).read_text("utf-8"))["files"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if any(path.is_absolute() or not path.parts or ".." in path.parts for path in paths):
-        return None
-    return [manifest, *(str(path) for path in paths)]
-
-
-@contextmanager
-def _transfer(path: Path, doing: str) -> Iterator[None]:
-    """Turn what the operating system refuses into TransferError."""
-    try:
-        yield
-    except TransferError:
-        raise
-    except OSError as error:
-        raise TransferError(f"{path}: {doing}: {error.strerror or error}") from error
 
 
 class _ShardFile:
@@ -140,7 +36,7 @@ class _ShardFile:
         self.complete: set[str] = set()
         self.digest = hashlib.sha256(shard.header)
         self.hashed = 0  # tensors hashed so far, in file order
-        with _transfer(path, f"cannot reserve {format_size(shard.size)}"):
+        with transfer_errors(path, f"cannot reserve {format_size(shard.size)}"):
             self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
                 if hasattr(os, "posix_fallocate"):
@@ -154,7 +50,7 @@ class _ShardFile:
 
     def write(self, offset: int, data: memoryview) -> None:
         while data:
-            with _transfer(self.path, f"writing at byte {offset}"):
+            with transfer_errors(self.path, f"writing at byte {offset}"):
                 count = os.pwrite(self.fd, data, offset)
             data, offset = data[count:], offset + count
 
@@ -164,7 +60,7 @@ class _ShardFile:
             info = self.shard.tensors[self.hashed]
             position = info.start
             while position < info.stop:
-                with _transfer(self.path, f"reading back at byte {position}"):
+                with transfer_errors(self.path, f"reading back at byte {position}"):
                     piece = os.pread(self.fd, min(_HASH_PIECE, info.stop - position), position)
                 if not piece:
                     raise TransferError(f"{self.path}: ended at byte {position} while being hashed: has it changed?")
@@ -210,7 +106,7 @@ class CheckpointWriter:
         self._entries: dict[str, dict[str, Any]] = {}
         self._lock = Lock()
         self._created = [path for path in (folder, *folder.parents) if not path.exists()]
-        with _transfer(self.work, "cannot be prepared"):
+        with transfer_errors(self.work, "cannot be prepared"):
             if fresh and self.work.exists():
                 shutil.rmtree(self.work)
             self.work.mkdir(parents=True, exist_ok=True)
@@ -219,7 +115,7 @@ class CheckpointWriter:
         self._hashing: list[Future[None]] = []
         try:
             layout = hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest()
-            with _transfer(self.work, "resuming"):
+            with transfer_errors(self.work, "resuming"):
                 self._resume(json.loads(json.dumps({**identity, "layout": layout})))
         except BaseException:
             self._close()
@@ -266,7 +162,7 @@ class CheckpointWriter:
         shards = {s.file: self.work / s.file for s in self.shards if (self.work / s.file).exists()}
         last = (self._manifest, INDEX_FILE, SINGLE_FILE)
         everything = {**staged, **shards}
-        with _transfer(self.folder, "moving the finished files into place"):
+        with transfer_errors(self.folder, "moving the finished files into place"):
             self._remove_previous()
             for name in sorted(everything, key=lambda name: last.index(name) if name in last else -1):
                 target = self.folder / name
@@ -333,7 +229,7 @@ class CheckpointWriter:
         shard = file.shard
         tensors = {info.name: self._entries.pop(info.name) for info in shard.tensors}
         entry = {"file": shard.file, "bytes": shard.size, "sha256": file.digest.hexdigest(), "tensors": tensors}
-        with _transfer(file.path, "cannot be made durable"):
+        with transfer_errors(file.path, "cannot be made durable"):
             os.fsync(file.fd)
             self._journal.append(entry)
         self._finish(entry)
@@ -342,7 +238,9 @@ class CheckpointWriter:
 
     def _stage(self, name: str, content: bytes | Path) -> Path:
         path = self.work / "files" / name
-        with _transfer(path, f"cannot be copied from {content}" if isinstance(content, Path) else "cannot be written"):
+        with transfer_errors(
+            path, f"cannot be copied from {content}" if isinstance(content, Path) else "cannot be written"
+        ):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as target:
                 if isinstance(content, bytes):
@@ -361,7 +259,7 @@ class CheckpointWriter:
 
     def _remove_previous(self) -> None:
         """Remove a finished checkpoint of ours, what makes it loadable first (`check_output` allowed it)."""
-        previous = _files_of_manifest(self.folder, self._manifest) or []
+        previous = files_of_manifest(self.folder, self._manifest) or []
         recovered = {shard.file for shard in self.shards if not (self.work / shard.file).exists()}
         for name in sorted(previous, key=lambda name: (name not in (INDEX_FILE, SINGLE_FILE), name == self._manifest)):
             if name not in recovered:

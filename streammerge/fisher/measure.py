@@ -13,7 +13,9 @@ from torch import Tensor
 from streammerge._version import __version__
 from streammerge.checkpoints.buffers import as_bytes
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix, torch_dtype
-from streammerge.checkpoints.writer import CheckpointWriter, check_output, file_names, plan_shards
+from streammerge.checkpoints.layout import file_names, plan_shards
+from streammerge.checkpoints.output import check_output
+from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.errors import CheckpointError, RecipeError
 from streammerge.fisher.blocks import BlockModel
 from streammerge.fisher.probes import random_tokens

@@ -15,6 +15,7 @@ from streammerge.errors import CheckpointError
 from streammerge.fisher.coefficients import Importance, Theta, merge_coefficients, score
 from streammerge.fisher.store import FisherRecord
 from streammerge.methods.api import ExpertParameters, Method, ModelFacts, Pass, Results, RowBlock, TensorContext, Unit
+from streammerge.methods.norms import OutputNorm
 from streammerge.methods.selection import top_k_passes
 from streammerge.methods.ties import disjoint_merge
 from streammerge.schema import Strict
@@ -22,7 +23,6 @@ from streammerge.schema import Strict
 if TYPE_CHECKING:
     from torch import Tensor
 
-PROBES, PROBE_SEED = 8, 42
 _GATE = re.compile(r"\bgate_proj\b")
 
 Other = float | Literal["base", "mean", "finetuned"]
@@ -31,16 +31,21 @@ Other = float | Literal["base", "mean", "finetuned"]
 class FimParameters(Strict):
     importance: Importance = Field("product", description="block score: product, fim, norm or quadratic")
     theta: Theta = Field("adaptive", description="steepness of the sigmoid: adaptive, or a number")
-    granularity: Literal["block", "tensor"] = Field("block", description="what gets one coefficient")
+    granularity: Literal["block", "tensor"] = Field("block", description="what gets one coefficient: block or tensor")
     trim: Literal["fisher", "quadratic", "magnitude", "none"] = Field(
-        "fisher", description="what entries are trimmed by: F|d|, F d^2, |d|, or not at all"
+        "fisher",
+        description="what decides which entries are kept: fisher (F|d|), quadratic (F d^2), magnitude (|d|), or none",
     )
-    trim_scope: Literal["tensor", "block"] = Field("tensor", description="what shares one trim threshold")
+    trim_scope: Literal["tensor", "block"] = Field(
+        "tensor", description="what shares one trim threshold: tensor or block"
+    )
     gate_factor: float = Field(0.7, ge=0, description="factor on the coefficient of gate projections")
     norm_tolerance: float | Literal["off"] = Field(
-        0.05, description="rescale a matrix whose output norm moved by more than this fraction; off"
+        0.05, description="rescale a matrix whose output norm moved by more than this fraction, or off"
     )
-    other: Other = Field("base", description="outside the blocks: base, mean, finetuned, or a coefficient")
+    other: Other = Field(
+        "base", description="coefficient outside the blocks: base (0), mean (of the blocks), finetuned (1), or a number"
+    )
 
     @field_validator("theta", "norm_tolerance")
     @classmethod
@@ -57,7 +62,10 @@ class FimTaParameters(FimParameters):
 
 
 class FimExpert(ExpertParameters):
-    coefficient: float = Field(1.0, description="factor on this fine-tuned model's block coefficients")
+    coefficient: float = Field(
+        1.0,
+        description="merge coefficient of this fine-tuned model; for fim_ties and fim_ta a factor on its block coefficients",
+    )
     density: float | Literal["auto"] = Field(
         "auto", description="fraction of each matrix that is kept; auto: 0.2 below 3 billion parameters, else 0.4"
     )
@@ -170,7 +178,7 @@ class FimTies(Method):
         if self._trims(unit.tensors[0]):
             passes += top_k_passes(self._trim_scores, [expert.density for expert in self.experts])
         if self.parameters.norm_tolerance != "off" and _is_block_matrix(unit.tensors[0]):
-            passes.append(_OutputNorm(self._merged, self.parameters.norm_tolerance))
+            passes.append(OutputNorm(self._merged, self.parameters.norm_tolerance))
         return passes
 
     def apply(self, block: RowBlock, results: Results) -> Tensor:
@@ -247,47 +255,6 @@ class FimTa(FimTies):
     summary = "Fisher block coefficients on whole task vectors"
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Output norm of a merged matrix over the base's, and the factor that mends it (1: within the tolerance)."""
-
-    ratio: float | None
-    scale: float
-
-
-class _OutputNorm(Pass):
-    """||W X||_F of the merged and of the base matrix on the same probes X [c, 8], in float64."""
-
-    name = "norm"
-
-    def __init__(self, merged: Any, tolerance: float) -> None:
-        self.merged, self.tolerance = merged, tolerance
-
-    def start(self, unit: Unit, done: Results) -> Any:
-        state: dict[str, Any] = {tensor.name: ([], []) for tensor in unit.tensors}
-        return {"done": done, "sums": state, "probes": {}}
-
-    def update(self, state: Any, block: RowBlock) -> None:
-        columns = block.tensor.columns
-        if columns not in state["probes"]:
-            state["probes"][columns] = gaussian_probes(columns).to(block.base.device)
-        probes = state["probes"][columns]
-        for values, sums in zip(
-            (block.base, self.merged(block, state["done"])), state["sums"][block.tensor.name], strict=True
-        ):
-            sums.append((values.double() @ probes).square().sum().item())
-
-    def finish(self, state: Any) -> dict[str, Calibration]:
-        return {name: self._calibration(*sums) for name, sums in state["sums"].items()}
-
-    def _calibration(self, base: list[float], merged: list[float]) -> Calibration:
-        before, after = math.sqrt(math.fsum(base)), math.sqrt(math.fsum(merged))
-        if not 0 < before < math.inf or not 0 < after < math.inf:
-            return Calibration(None, 1.0)
-        ratio = after / before
-        return Calibration(ratio, before / after if abs(ratio - 1) > self.tolerance else 1.0)
-
-
 class _TaskVectorSquares(Pass):
     name = "survey"
 
@@ -309,14 +276,6 @@ class _TaskVectorSquares(Pass):
             [math.fsum(sums) for sums in zip(*state["squares"], strict=True)],
             [math.fsum(sums) for sums in zip(*state["quadratic"], strict=True)],
         )
-
-
-def gaussian_probes(columns: int) -> Tensor:
-    """X [columns, 8], standard normal float32 draws of a CPU generator with seed 42, as float64."""
-    import torch
-
-    generator = torch.Generator("cpu").manual_seed(PROBE_SEED)
-    return torch.randn(columns, PROBES, generator=generator).double()
 
 
 def _is_block_matrix(tensor: TensorContext) -> bool:

@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 
 from streammerge.checkpoints.checkpoint import INDEX_FILE, MANIFEST_FILE, SINGLE_FILE, Checkpoint, torch_dtype
 from streammerge.checkpoints.header import DTYPES
-from streammerge.checkpoints.writer import WORK_DIR, CheckpointWriter, Shard, check_output, plan_shards
+from streammerge.checkpoints.layout import Shard, plan_shards
+from streammerge.checkpoints.output import WORK_DIR, check_output
+from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.errors import CheckpointError, HeaderError, OutputExistsError, StreammergeError, TransferError
 
 State = Mapping[str, torch.Tensor]

@@ -1,0 +1,68 @@
+"""What an output folder may hold before it is written, and the errors of writing."""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from streammerge.checkpoints.checkpoint import MANIFEST_FILE
+from streammerge.errors import OutputExistsError, TransferError
+
+WORK_DIR = ".streammerge"
+
+
+def check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifest: str = MANIFEST_FILE) -> None:
+    """Refuse an output folder that is an input, lies in one, or holds something else than an unfinished run of ours.
+
+    With `overwrite`, a finished checkpoint of ours (one with `manifest`) is fine too, as long as it holds nothing
+    we did not write.
+
+    Raises:
+        OutputExistsError: naming what is in the way and what to do.
+        TransferError: the folder cannot be looked into.
+    """
+    with transfer_errors(folder, "cannot be an output folder"):
+        _check_output(folder, inputs, overwrite, manifest)
+
+
+def _check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifest: str) -> None:
+    for path in inputs:
+        if folder.resolve() == path.resolve():
+            raise OutputExistsError(f"output folder {folder} is also an input: choose another --out")
+        if path.resolve() in folder.resolve().parents:
+            raise OutputExistsError(f"output folder {folder} lies inside {path}: choose another --out")
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(f"output {folder} is a file: choose another --out")
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if not found:
+        return
+    ours = files_of_manifest(folder, manifest)
+    if overwrite and ours is not None:
+        foreign = found - {Path(name).parts[0] for name in ours} - {WORK_DIR}
+        if foreign:
+            raise OutputExistsError(f"output folder {folder} also holds {min(foreign)!r}, which is not ours to remove")
+    elif WORK_DIR not in found:
+        advice = "or replace that merge with --overwrite" if ours is not None else "or empty it"
+        raise OutputExistsError(f"output folder {folder} is not empty ({min(found)!r}): choose another --out {advice}")
+
+
+def files_of_manifest(folder: Path, manifest: str) -> list[str] | None:
+    """The files of a finished checkpoint of ours; None where there is none, or its manifest names a file elsewhere."""
+    try:
+        paths = [PurePosixPath(name) for name in json.loads((folder / manifest).read_text("utf-8"))["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if any(path.is_absolute() or not path.parts or ".." in path.parts for path in paths):
+        return None
+    return [manifest, *(str(path) for path in paths)]
+
+
+@contextmanager
+def transfer_errors(path: Path, doing: str) -> Iterator[None]:
+    """Turn what the operating system refuses into TransferError."""
+    try:
+        yield
+    except TransferError:
+        raise
+    except OSError as error:
+        raise TransferError(f"{path}: {doing}: {error.strerror or error}") from error

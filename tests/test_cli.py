@@ -1,0 +1,401 @@
+"""The command line: help, exit statuses, what goes to which stream, and the contract of `--json`."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import pytest
+import torch
+import typer
+import yaml
+from tiny_models import HEAD, MATRIX, WEIGHTS, Models, Run, content, edit_config, put, spoil, tensors
+
+import streammerge
+from streammerge import cli
+from streammerge.methods import METHODS
+
+COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+Merged = Callable[..., Path]
+
+
+# --- help and usage -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_lists_every_option_with_a_text(run: Run, monkeypatch: pytest.MonkeyPatch, name: str, flag: str) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 400)
+    result = run(name, flag)
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    for parameter in COMMANDS[name].params:
+        option = parameter.opts[0]
+        assert parameter.help, option
+        assert parameter.help.rstrip().endswith((".", ")")), parameter.help
+        start = parameter.help.replace("\\[", "[")[:30]
+        assert [line for line in lines if option in line and start in line], option
+    assert COMMANDS[name].help
+
+
+def test_the_help_of_the_whole(run: Run) -> None:
+    result = run("--help")
+    assert result.code == 0
+    assert all(name in result.out for name in ("merge", "plan", "fisher", "verify", "demo", "--version"))
+    assert run() == result
+    assert run("-h") == result
+
+
+def test_every_method_and_every_parameter_is_an_option() -> None:
+    options = {option for parameter in COMMANDS["merge"].params for option in parameter.opts}
+    schemas = [schema for method in METHODS.values() for schema in (method.Parameters, method.Expert)]
+    assert options >= {f"--{key.replace('_', '-')}" for schema in schemas for key in schema.model_fields}
+    (method,) = (parameter for parameter in COMMANDS["merge"].params if parameter.name == "method")
+    assert all(name in method.help for name in METHODS)
+
+
+def test_version(run: Run) -> None:
+    assert run("--version") == (0, f"streammerge {streammerge.__version__}\n", "")
+
+
+USAGE: dict[str, tuple[tuple[str, ...], str]] = {
+    "no base": (("merge", "--ft", "a", "--out", "o"), "--base"),
+    "no fine-tune": (("--base", "a", "--out", "o"), "--ft"),
+    "no output": (("--base", "{base}", "--ft", "{ft}"), "--out"),
+    "two bases": (("--base", "a", "--hub-base", "a/b", "--ft", "c", "--out", "o"), "--hub-base"),
+    "fisher without base": (("fisher", "--out", "o"), "--base"),
+    "fisher without output": (("fisher", "--base", "a"), "--out"),
+    "no such option": (("--base", "a", "--methode", "ties"), "--methode"),
+    "no value": (("--base",), "--base"),
+    "no threads": (("--base", "a", "--ft", "b", "--threads", "0"), "--threads"),
+    "verify without folder": (("verify",), "folder"),
+    "plan writes nothing": (("plan", "--base", "a", "--ft", "b", "--out", "c"), "--out"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "word"), USAGE.values(), ids=USAGE)
+def test_usage_errors_exit_with_2(
+    run: Run,
+    saved_models: Models,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    word: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*(argument.format(**saved_models._asdict()) for argument in arguments))
+    assert (result.code, result.out) == (2, "")
+    assert word in result.err and "Error" in result.err
+    assert not content(tmp_path)
+
+
+def test_an_unknown_option_comes_with_a_suggestion(run: Run) -> None:
+    assert "--method" in run("--base", "a", "--methode", "ties").err
+
+
+# --- what a merge prints ------------------------------------------------------------------------------------------
+
+
+def test_without_a_command_merge_is_meant(models: Models, tmp_path: Path, run: Run) -> None:
+    arguments = ("--base", models.base, "--ft", models.ft, "-m", "ties", "-q", "--out")
+    assert run(*arguments, tmp_path / "a").code == run("merge", *arguments, tmp_path / "b").code == 0
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", ["fim-ties", "fim_ties", "task-arithmetic", "task_arithmetic"])
+def test_hyphens_and_underscores(models: Models, run: Run, name: str) -> None:
+    result = run("plan", "--base", models.base, "--ft", models.ft, "--method", name, "--json")
+    assert json.loads(result.out)["method"] == name.replace("-", "_")
+
+
+def test_standard_output_has_the_result_and_standard_error_nothing(
+    models: Models, saved_fisher: Path, tmp_path: Path, run: Run
+) -> None:
+    pair = ("--base", models.base, "--ft", models.ft)
+    result = run(*pair, "--out", tmp_path / "out", "--fisher", saved_fisher)
+    lines = result.out.splitlines()
+    assert (result.code, result.err) == (0, "")
+    assert lines[0].split() == ["block", "Fisher", "mean", "task", "vector^2", "score", "alpha", "kept", "rescaled"]
+    assert [line.split()[0] for line in lines[2:4]] == ["0", "1"]
+    assert lines[-1].startswith("24 tensors merged, 2 copied from the base: ")
+    assert lines[-1].endswith(f" in {tmp_path / 'out'}")
+    result = run("verify", tmp_path / "out")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith(f"{tmp_path / 'out'}: ok: 26 tensors, ")
+    result = run("fisher", "--base", models.base, "--out", tmp_path / "f", "--fisher-samples", "1")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.splitlines()[-1] == f"Fisher of {models.base} in {tmp_path / 'f'}"
+
+
+def test_notes_are_part_of_the_result(models: Models, tmp_path: Path, run: Run) -> None:
+    put(models.ft, HEAD, torch.ones(48, 16))
+    result = run("--base", models.base, "--ft", models.ft, "-m", "ties", "--out", tmp_path / "out")
+    assert f"note: {models.ft}: tensor '{HEAD}' was left out: the base ties its head" in result.out
+    assert "was left out" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_dry_run_is_plan_and_writes_nothing(models: Models, tmp_path: Path, run: Run) -> None:
+    pair = ("--base", models.base, "--ft", models.ft, "--ft", models.ft2, "--threads", "1")
+    before = content(tmp_path)
+    for more in ((), ("--json",)):
+        planned = run("plan", *pair, *more)
+        assert (planned.code, planned.err) == (0, "")
+        assert run(*pair, "--dry-run", *more) == planned
+        assert run("merge", *pair, "--dry-run", "--out", tmp_path / "out", *more) == planned
+    assert content(tmp_path) == before
+
+
+def test_what_plan_tells(models: Models, run: Run) -> None:
+    pair = ("--base", models.base, "--ft", models.ft)
+    summary = json.loads(run("plan", *pair, "--json", "--density", "0.5").out)
+    assert summary["base"] == str(models.base)
+    assert summary["models"] == [{"model": str(models.ft), "coefficient": 1.0, "density": 0.5}]
+    assert (summary["tensors"], summary["merged"], summary["copied"]) == (26, 24, 2)
+    assert summary["parameters"] == sum(value.numel() for value in tensors(models.base).values())
+    assert summary["bytes_to_write"] == (models.base / WEIGHTS).stat().st_size
+    assert summary["bytes_to_read"] > 0 and summary["fisher_bytes_to_read"] > 0
+    assert summary["passes"] >= 3
+    assert summary["peak_host_bytes"] >= summary["peak_merge_bytes"] > 0 < summary["peak_fisher_bytes"]
+    text = run("plan", *pair).out
+    words = ("tensors", "parameters", "to read", "to write", "passes", "host memory", "Fisher memory")
+    assert [word for word in words if f"\n{word} " not in text] == []
+    copies = json.loads(run("plan", *pair, "--json", "-m", "task_arithmetic").out)
+    assert (copies["peak_fisher_bytes"], copies["fisher"], copies["fisher_bytes_to_read"]) == (0, "none", 0)
+
+
+def test_merge_json_is_the_manifest(models: Models, saved_fisher: Path, tmp_path: Path, run: Run) -> None:
+    pair = ("--base", models.base, "--ft", models.ft)
+    result = run(*pair, "--out", tmp_path / "out", "--fisher", saved_fisher, "--max-shard-size", "8KB", "--json")
+    manifest = json.loads(result.out)
+    assert manifest == json.loads((tmp_path / "out" / "streammerge.json").read_text())
+    assert manifest["version"] == streammerge.__version__
+    assert manifest["recipe"]["parameters"]["gate_factor"] == 0.7
+    assert manifest["recipe"]["models"] == [
+        {"model": str(models.ft), "parameters": {"coefficient": 1.0, "density": 0.2}}
+    ]
+    assert [source["role"] for source in manifest["sources"]] == ["base", "expert", "fisher"]
+    assert all({"role", "id", "revision"} <= source.keys() for source in manifest["sources"])
+    keys = {"block", "fisher_mean", "task_vector_mean_square", "score", "alpha"}
+    assert [block["block"] for block in manifest["blocks"]] == [0, 1]
+    assert all(block.keys() == keys for block in manifest["blocks"])
+    assert manifest["tensors"].keys() == tensors(models.base).keys()
+    assert {"coefficient", "kept", "numel", "norm_ratio", "rescaled"} <= manifest["tensors"][MATRIX].keys()
+    assert all(entry["numel"] > 0 for entry in manifest["tensors"].values())
+    assert len(manifest["shards"]) > 1
+    for file, entry in manifest["shards"].items():
+        assert entry.keys() == {"bytes", "sha256"}
+        assert entry["bytes"] == (tmp_path / "out" / file).stat().st_size
+        assert len(entry["sha256"]) == 64
+
+
+def test_verify_json(merged: Merged, run: Run) -> None:
+    out = merged()
+    result = run("verify", out, "--json")
+    report = json.loads(result.out)
+    assert (result.code, result.err) == (0, "")
+    size = sum(value.nbytes for value in tensors(out).values())
+    assert report == {"ok": True, "problems": [], "tensors": 26, "bytes": size, "nonfinite": []}
+    (out / "LICENSE").unlink()
+    result = run("verify", out, "--json")
+    report = json.loads(result.out)
+    assert (result.code, report["ok"], report["problems"]) == (1, False, ["file LICENSE is missing"])
+    assert run("verify", out).out == f"{out}: file LICENSE is missing\n"
+
+
+def test_fisher_json(models: Models, tmp_path: Path, run: Run) -> None:
+    result = run("fisher", "--base", models.base, "--out", tmp_path / "f", "--fisher-samples", "1", "--json")
+    record = json.loads(result.out)
+    assert record == json.loads((tmp_path / "f" / "fisher.json").read_text())
+    assert record["base"]["id"] == str(models.base) and record["settings"]["samples"] == 1
+    assert [block["block"] for block in record["blocks"]] == [0, 1]
+
+
+# --- recipes ------------------------------------------------------------------------------------------------------
+
+
+def test_options_go_before_the_recipe_file(models: Models, tmp_path: Path, run: Run) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    values = {
+        "base": "nowhere",
+        "models": [{"model": str(models.ft), "parameters": {"coefficient": 0.5}}],
+        "method": "fim_ties",
+        "parameters": {"theta": 2, "gate_factor": 0.9},
+        "fisher": {"samples": 2, "length": 16},
+        "max_shard_bytes": "10KB",
+    }
+    recipe.write_text(yaml.safe_dump(values))
+    options = ("--base", models.base, "--theta", "3", "--fisher-samples", "1", "--max-shard-size", "1GB", "-q")
+    result = run(recipe, *options, "--out", tmp_path / "out", "--json")
+    assert result.code == 0, result.err
+    told = json.loads(result.out)["recipe"]
+    assert (told["base"], told["models"][0]["model"]) == (str(models.base), str(models.ft))
+    assert told["models"][0]["parameters"]["coefficient"] == 0.5
+    assert (told["parameters"]["theta"], told["parameters"]["gate_factor"]) == (3, 0.9)
+    assert (told["fisher"]["samples"], told["fisher"]["length"]) == (1, 16)
+    assert told["max_shard_bytes"] == 10**9
+    assert (tmp_path / "out" / WEIGHTS).is_file()
+
+
+def test_one_value_for_all_models_or_one_each(models: Models, run: Run) -> None:
+    pair = ("plan", "--base", models.base, "--ft", models.ft, "--ft", models.ft2, "-m", "ties", "--json")
+    plans = [json.loads(run(*pair, "--density", "0.5", *more).out) for more in ((), ("--density", "0.25"))]
+    assert [[model["density"] for model in plan["models"]] for plan in plans] == [[0.5, 0.5], [0.5, 0.25]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_recipe_in_the_card_can_be_run_again(
+    models: Models, saved_fisher: Path, tmp_path: Path, run: Run, method: str
+) -> None:
+    fisher = ("--fisher", saved_fisher) if METHODS[method].Parameters.model_fields.get("importance") else ()
+    options = ("-m", method, "--coefficient", "0.6", "--coefficient", "0.3", "--max-shard-size", "8KB", "-q")
+    pair = ("--base", models.base, "--ft", models.ft, "--ft", models.ft2)
+    assert run(*pair, *options, *fisher, "--out", tmp_path / "out").code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "run `streammerge merge recipe.yaml --out merged`" in card
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(card.split("```yaml\n")[1].split("```")[0])
+    again = run("merge", recipe, "--out", tmp_path / "again", "-q")
+    assert again.code == 0, again.err
+    assert content(tmp_path / "again") == content(tmp_path / "out")
+
+
+def test_the_tables_of_two_models_name_them(models: Models, saved_fisher: Path, tmp_path: Path, run: Run) -> None:
+    pair = ("--base", models.base, "--ft", models.ft, "--ft", models.ft2)
+    result = run(*pair, "--fisher", saved_fisher, "--out", tmp_path / "out", "-q")
+    assert [line.split(": ")[0] for line in result.out.splitlines()[2:6]] == [str(models.ft)] * 2 + [
+        str(models.ft2)
+    ] * 2
+
+
+# --- errors, interruptions, terminals -----------------------------------------------------------------------------
+
+
+def test_debug_shows_a_traceback(models: Models, tmp_path: Path, run: Run) -> None:
+    spoil(models.ft, MATRIX, torch.nan)
+    pair = ["--base", str(models.base), "--ft", str(models.ft), "--out", str(tmp_path / "out"), "-m", "ties"]
+    plain = run(*pair)
+    command = [sys.executable, "-m", "streammerge", *pair, "--debug"]
+    debug = subprocess.run(command, capture_output=True, text=True)
+    assert (debug.returncode, debug.stdout) == (plain.code, "") == (1, plain.out)
+    assert debug.stderr.startswith("Traceback (most recent call last):")
+    assert "require_finite" in debug.stderr
+    assert plain.err.removeprefix("streammerge: error: ").strip() in debug.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["merge", "fisher", "verify"])
+def test_ctrl_c_exits_with_130_and_advice(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(streammerge, command, stop)
+    arguments = {"merge": ("--base", "a", "--ft", "b", "--out", "c"), "fisher": ("--base", "a", "--out", "c")}
+    result = run(command, *arguments.get(command, ("a",)))
+    assert result == (130, "", "streammerge: stopped; the same command goes on where it was\n")
+
+
+def test_an_interrupted_merge_goes_on(
+    models: Models, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle of the work, once two shards are done."""
+    from streammerge.checkpoints.writer import CheckpointWriter
+
+    pair = ("--base", models.base, "--ft", models.ft, "-m", "ties", "--max-shard-size", "4KB", "--threads", "1", "-q")
+    assert run(*pair, "--out", tmp_path / "whole").code == 0
+    complete = CheckpointWriter.complete
+
+    def stopping(self: CheckpointWriter, name: str, entry: dict[str, Any]) -> None:
+        complete(self, name, entry)
+        if name == MATRIX:
+            self.wait()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "complete", stopping)
+        assert run(*pair, "--out", tmp_path / "out").code == 130
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".streammerge"]
+    result = run(*pair, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+RAW = "we\x1b[31m\u202e\x07ird"
+
+
+def test_control_characters_do_not_reach_the_terminal(
+    models: Models, saved_fisher: Path, tmp_path: Path, run: Run
+) -> None:
+    weird, out = tmp_path / f"ft{RAW}", tmp_path / f"out{RAW}"
+    copytree(models.ft, weird)
+    put(weird, HEAD, torch.ones(48, 16))
+    edit_config(weird, max_position_embeddings=7)
+    pair = ("--base", models.base, "--ft", weird)
+    calls: list[tuple[object, ...]] = [
+        (*pair, "--ft", models.ft, "--fisher", saved_fisher, "--out", out),
+        ("plan", *pair),
+        ("plan", *pair, "--json"),
+        ("verify", out),
+        ("verify", out, "--json"),
+        ("fisher", "--base", weird, "--fisher-samples", "1", "--out", tmp_path / f"f{RAW}"),
+    ]
+    results = [run(*call) for call in calls]
+    assert [result.code for result in results] == [0] * len(calls), results
+    (out / "LICENSE").unlink()
+    put(weird, f"tensor{RAW}", torch.ones(1))
+    bad: list[tuple[object, ...]] = [
+        (*pair, "--out", tmp_path / f"other{RAW}"),
+        ("plan", *pair),
+        ("verify", out),
+        ("verify", weird),
+        (*pair, "--out", weird),
+        (tmp_path / f"recipe{RAW}", "--out", "o"),
+        ("--base", f"no{RAW}", "--ft", "b", "--out", "o"),
+        (*pair, "--out", "o", "-m", RAW),
+    ]
+    failed = [run(*call) for call in bad]
+    assert [result.code for result in failed] == [1] * len(bad)
+    for result in (*results, *failed):
+        assert all(c.isprintable() or c == "\n" for c in result.out + result.err), result
+    assert "\\x1b[31m\\u202e\\x07ird" in failed[0].err
+
+
+def test_folders_whose_names_are_not_unicode(models: Models, saved_fisher: Path, tmp_path: Path, run: Run) -> None:
+    """A model's name goes into the recipe, which is text; other folders may be called what they like."""
+    weird = Path(os.fsdecode(os.fsencode(tmp_path) + b"/we\xffird"))
+    copytree(models.ft, weird)
+    result = run("--base", models.base, "--ft", weird, "--out", tmp_path / "out")
+    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert "models.0.model: " in result.err and "unicode" in result.err
+    assert not (tmp_path / "out").exists()
+    fisher, out = weird / "fisher", weird / "out"
+    copytree(saved_fisher, fisher)
+    result = run("--base", models.base, "--ft", models.ft, "--fisher", fisher, "--out", out, "-q")
+    assert result.code == 0, result.err
+    assert run("verify", out).out.startswith(f"{tmp_path}/we\\udcffird/out: ok: ")
+
+
+def test_as_a_module_in_a_process_of_its_own(models: Models, tmp_path: Path) -> None:
+    pair = ["--base", "base", "--ft", "ft", "--out", "out", "--method", "task-arithmetic"]
+    command = [sys.executable, "-W", "error", "-m", "streammerge", *pair]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"26 tensors merged, 0 copied from the base: \d\d\.\d KB in out\n", done.stdout)
+    assert json.loads((tmp_path / "out" / "streammerge.json").read_text())["recipe"]["base"] == "base"
+    command = [sys.executable, "-m", "streammerge", "verify", "nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("streammerge: error: nowhere: there is no streammerge.json")
+
+
+def test_a_closed_pipe_is_no_traceback(merged: Merged) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "streammerge", "verify", str(merged())]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,150 @@
+"""Tables, plan text, manifest and model card."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_models import MATRIX, Models
+
+import streammerge
+from streammerge.fisher.store import BlockFisher, FisherRecord
+from streammerge.report import block_rows, fisher_rows, manifest, model_card, plan_text, resolved_recipe, table
+
+
+def test_table() -> None:
+    text = table(["block", "n"], [["0", "1"], ["1 long", "234"]])
+    assert text == "block     n\n------  ---\n0         1\n1 long  234"
+    assert table(["a", "b"], []) == "a  b\n-  -"
+
+
+def entry(block: int, **values: Any) -> dict[str, Any]:
+    return {"block": block, "fisher_mean": 0.5, "task_vector_mean_square": 1e-9, "score": -2.0, "alpha": 0.75} | values
+
+
+def result(blocks: list[dict[str, Any]], **tensors: dict[str, Any]) -> dict[str, Any]:
+    facts = {"block": 0, "shape": [4, 5], "numel": 20}
+    models = [{"model": name} for name in ("b", "c")]
+    return {
+        "blocks": blocks,
+        "tensors": {name: facts | values for name, values in tensors.items()},
+        "recipe": {"models": models},
+    }
+
+
+def test_block_rows_pool_the_tensors_of_a_block() -> None:
+    tensors = {
+        "m": {"kept": 5, "rescaled": True},
+        "n": {"kept": 10, "rescaled": False, "numel": 40, "shape": [8, 5]},
+        "norm": {"shape": [5], "numel": 5},
+        "elsewhere": {"block": 1, "kept": 20, "rescaled": True},
+        "embedding": {"block": None},
+    }
+    header, (row,) = block_rows(result([entry(0)], **tensors))
+    assert dict(zip(header, row, strict=True)) == {
+        "block": "0",
+        "Fisher mean": "5.000e-01",
+        "task vector^2": "1.000e-09",
+        "score": "-2.000",
+        "alpha": "0.7500",
+        "kept": "25.0%",
+        "rescaled": "1 of 2",
+    }
+
+
+def test_block_rows_of_several_models_of_single_tensors_and_without_numbers() -> None:
+    blocks = [
+        entry(0, expert="b", tensor="m"),
+        entry(0, expert="c", tensor="n", fisher_mean=None, score=None),
+        entry(0, expert="c", tensor="k"),
+    ]
+    tensors = {"m": {"kept": [20, 0]}, "n": {"kept": [0, 10]}, "k": {}}
+    _, rows = block_rows(result(blocks, **tensors))
+    assert [row[0] for row in rows] == ["b: 0 m", "c: 0 n", "c: 0 k"]
+    assert [row[5] for row in rows] == ["100.0%", "50.0%", "-"]
+    assert (rows[1][1], rows[1][3]) == ("-", "-")
+
+
+def record(*means: float) -> FisherRecord:
+    blocks = [BlockFisher(block=i, mean=mean, max=mean, share=1 / len(means)) for i, mean in enumerate(means)]
+    values = {"version": "0", "base": {"id": "a", "revision": None, "fingerprint": ""}, "settings": {}}
+    rest = {"loss": 1.0, "device": "cpu", "tensors": {}, "files": []}
+    return FisherRecord.model_validate(values | rest | {"blocks": [block.model_dump() for block in blocks]})
+
+
+@pytest.mark.parametrize(
+    ("means", "bars", "ratio"),
+    [
+        ((1e-4, 1e-2, 1e-3), [1, 20, 10], 100.0),
+        ((1e-4, 0.0), [20, 0], None),
+        ((0.5, 0.5), [20, 20], 1.0),
+        ((0.0,), [0], None),
+        ((), [], None),
+    ],
+)
+def test_fisher_rows(means: tuple[float, ...], bars: list[int], ratio: float | None) -> None:
+    header, rows = fisher_rows(record(*means))
+    assert [row[-1].count("#") for row in rows] == pytest.approx(bars, abs=1)
+    assert all(len(row) == len(header) and len(row[-1]) == 20 for row in rows)
+    found = record(*means).ratio
+    assert found == ratio or (found is not None and ratio is not None and math.isclose(found, ratio))
+
+
+def test_plan_text_has_a_line_for_everything(saved_models: Models) -> None:
+    recipe = {"base": str(saved_models.base), "models": [str(saved_models.ft)], "method": "linear"}
+    with streammerge.plan(recipe) as job:
+        summary = job.summary()
+    text = plan_text(summary | {"notes": ["one", "two"]})
+    keys = "base model method Fisher tensors parameters to workers host note"
+    assert {line.split()[0] for line in text.splitlines()} == {*keys.split(), "passes"}
+    assert text.endswith("note           one\nnote           two")
+    assert "Fisher memory  1 MiB" in plan_text(summary | {"peak_fisher_bytes": 2**20})
+    assert ", and 5 MB for the Fisher" in plan_text(summary | {"fisher_bytes_to_read": 5 * 10**6})
+
+
+def test_a_resolved_recipe_is_a_recipe(saved_models: Models) -> None:
+    recipe = {"base": str(saved_models.base), "models": [str(saved_models.ft)], "method": "ties"}
+    with streammerge.plan(recipe) as job:
+        values = resolved_recipe(job)
+    assert values["parameters"] and values["models"][0]["parameters"]
+    with streammerge.plan(values) as job:
+        assert resolved_recipe(job) == values
+
+
+SHARDS = {"model.safetensors": {"bytes": 1, "sha256": "0", "tensors": {}}}
+
+
+def card(models: Models, source: dict[str, Any], notes: list[str] = []) -> str:  # noqa: B006
+    with streammerge.plan({"base": str(models.base), "models": [str(models.ft)], "method": "ties"}) as job:
+        job.notes += notes
+        result = manifest(job, job.method, [source], {MATRIX: {"numel": 1}}, SHARDS)
+        return model_card(job, result)
+
+
+def test_the_card_lists_hub_models_only(saved_models: Models) -> None:
+    hub = card(saved_models, {"role": "base", "id": "org/base", "revision": "c0ffee"})
+    local = card(saved_models, {"role": "base", "id": "folder", "revision": None})
+    fisher = card(saved_models, {"role": "fisher", "id": "org/fisher", "revision": "c0ffee"})
+    metadata = [yaml.safe_load(text.split("---\n")[1]) for text in (hub, local, fisher)]
+    assert metadata[0]["base_model"] == ["org/base"]
+    assert all("base_model" not in values and "base_model_relation" not in values for values in metadata[1:])
+    assert "| base | `org/base` | c0ffee |" in hub
+    assert "| base | `folder` | - |" in local
+
+
+def test_names_cannot_break_out_of_the_card(saved_models: Models, tmp_path: Path) -> None:
+    evil = "x`|<script>\n---\nbase_model: evil\n# gotcha"
+    text = card(saved_models, {"role": "base", "id": evil, "revision": "c0ffee"}, [f"note of {evil}"])
+    front, body = text.removeprefix("---\n").split("\n---\n", 1)
+    assert yaml.safe_load(front)["base_model"] == [evil]
+    assert "<script>" not in body and "\n# gotcha" not in body
+
+
+def test_one_shard_has_no_index_among_the_files(saved_models: Models) -> None:
+    recipe = {"base": str(saved_models.base), "models": [str(saved_models.ft)], "method": "ties"}
+    for size, index in (("1GB", False), ("8KB", True)):
+        with streammerge.plan(recipe | {"max_shard_bytes": size}) as job:
+            shards = {shard.file: SHARDS["model.safetensors"] for shard in job.shards}
+            files = manifest(job, job.method, [], {}, shards)["files"]
+        assert set(files) == {*shards, *(["model.safetensors.index.json"] if index else [])}
