@@ -63,8 +63,7 @@ class FimTaParameters(FimParameters):
 
 class FimExpert(ExpertParameters):
     coefficient: float = Field(
-        1.0,
-        description="merge coefficient of this fine-tuned model; for fim_ties and fim_ta a factor on its block coefficients",
+        1.0, description="merge coefficient of this fine-tuned model; for fim_* a factor on its block coefficients"
     )
     density: float | Literal["auto"] = Field(
         "auto", description="fraction of each matrix that is kept; auto: 0.2 below 3 billion parameters, else 0.4"
