@@ -160,7 +160,7 @@ def verify(
 ) -> None:
     """Re-hash a finished merge against its manifest; check headers, names, shapes, dtypes, finite values."""
     result = streammerge.verify(folder, progress=not quiet)
-    text = f"{folder}: ok: {result['tensors']} tensors, {format_size(result['bytes'])}, every byte as it was written"
+    text = f"{folder}: ok: {result['tensors']} tensors, {format_size(result['bytes'])}, every shard as it was written"
     if not result["ok"]:
         text = "\n".join(f"{folder}: {problem}" for problem in result["problems"])
     _print(result if json else text)

@@ -113,6 +113,11 @@ def _match_tensors(base: Checkpoint, expert: Checkpoint, match: Match) -> list[s
     problems = []
     for name, info in base.tensors.items():
         theirs = expert.tensors.get(name) or _tied_head(name, expert, match)
+        if theirs is None and _BUFFERS.search(name):
+            match.notes.append(
+                f"{expert.id}: has no {name!r}, a buffer that models compute themselves; kept the base's"
+            )
+            continue
         if theirs is None:
             problems.append(f"tensor {name!r} is missing")
             continue
@@ -148,7 +153,7 @@ def _why_left_out(name: str, info: TensorInfo, base: Checkpoint) -> str | None:
     if _BUFFERS.search(name):
         return "a buffer that the model computes itself"
     embedding = _embedding(base)
-    tied = name == _HEAD and _setting(base, "tie_word_embeddings")
+    tied = name == _HEAD and _setting(base, "tie_word_embeddings") is not False  # some families leave it out
     if tied and embedding is not None and info.shape == embedding.shape:
         return f"the base ties its head to {embedding.name!r}, which serves as the head of the merged model too"
     return None

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from streammerge.checkpoints.buffers import as_bytes
-from streammerge.checkpoints.checkpoint import torch_dtype
+from streammerge.checkpoints.checkpoint import Checkpoint, torch_dtype
+from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.errors import IncompatibleCheckpointsError
 from streammerge.methods.api import Method, RowBlock, TensorContext, Unit
@@ -36,11 +37,11 @@ class Engine:
         surveyed = [Unit(tensor.name, (tensor,)) for tensor in self.plan.surveyed]
         units = [u for u in self.plan.units if not all(self.writer.is_finished(t.name) for t in u.tensors)]
         with _single_threaded_torch():
+            surveys: dict[TensorContext, Any] = {}
             if surveyed:
-                surveys: dict[TensorContext, Any] = {}
                 self._work("Survey", surveyed, self.plan.survey_bytes, lambda r, unit: self._survey(r, unit, surveys))
-                fisher = self.plan.fisher[1] if self.plan.fisher else None
-                self.method = self.method.prepared({u.tensors[0]: surveys[u.tensors[0]] for u in surveyed}, fisher)
+            fisher = self.plan.fisher[1] if self.plan.fisher else None
+            self.method = self.method.prepared({u.tensors[0]: surveys[u.tensors[0]] for u in surveyed}, fisher)
             self._work("Merge", units, self.plan.merge_bytes, self._merge)
             self.writer.wait()
         return self.method, {tensor.name: self.entries[tensor.name] for tensor in self.plan.contexts}
@@ -82,7 +83,7 @@ class Engine:
         tensor = unit.tensors[0]
         survey = self.method.survey(tensor)
         assert survey is not None  # only such tensors are in the list
-        reader.open(unit, {tensor.name: self._inputs(tensor, experts=True, fisher=survey.reads_fisher)})
+        reader.open(unit, {tensor.name: self._inputs(tensor, self.plan.expert_inputs(tensor), survey.reads_fisher)})
         state = survey.start(unit, {})
         for block in reader.blocks():
             survey.update(state, block)
@@ -91,9 +92,7 @@ class Engine:
     def _merge(self, reader: RowReader, unit: Unit) -> None:
         action = self.plan.actions[unit.tensors[0].name]
         inputs = {
-            tensor.name: self._inputs(
-                tensor, experts=action != "copy", fisher=action == "merge" and self.method.reads_fisher(tensor)
-            )
+            tensor.name: self._inputs(tensor, self.plan.expert_inputs(tensor), self.plan.reads_fisher(tensor))
             for tensor in unit.tensors
         }
         reader.open(unit, inputs)
@@ -124,12 +123,11 @@ class Engine:
             stored = merged.to(torch_dtype(block.tensor.dtype)).contiguous()
             self.writer.write(name, block.row * block.tensor.columns * stored.element_size(), as_bytes(stored))
 
-    def _inputs(self, tensor: TensorContext, experts: bool, fisher: bool) -> Inputs:
+    def _inputs(self, tensor: TensorContext, experts: Sequence[tuple[Checkpoint, TensorInfo]], fisher: bool) -> Inputs:
         plan, name = self.plan, tensor.name
-        models = zip(plan.experts, plan.matches, strict=True)
         return Inputs(
             Input(plan.base, plan.base.tensors[name]),
-            tuple(Input(model, match.tensors[name]) for model, match in models) if experts else (),
+            tuple(Input(model, info) for model, info in experts),
             Input(plan.fisher[0], plan.fisher[0].info(name)) if fisher and plan.fisher else None,
         )
 

@@ -22,7 +22,8 @@ from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.layout import Shard, plan_shards
 from streammerge.checkpoints.locate import open_model
 from streammerge.compatibility import Match, match_experts, refuse_quantised
-from streammerge.fisher.store import STORED_AS, FisherRecord, open_fisher
+from streammerge.errors import RecipeError
+from streammerge.fisher.store import STORED_AS, FisherRecord, FisherSettings, open_fisher
 from streammerge.methods.api import Method, TensorContext, Unit
 from streammerge.recipe import Recipe, Resolved, make_recipe, resolve_method
 
@@ -73,7 +74,7 @@ class MergePlan:
     @property
     def surveyed(self) -> list[TensorContext]:
         """The tensors the method looks at before it merges anything."""
-        return [tensor for tensor in self.contexts if self.method.survey(tensor) is not None]
+        return _surveyed(self.contexts, self.actions, self.method)
 
     def passes(self, unit: Unit) -> int:
         """How often the unit is gone through at most, the writing one included."""
@@ -81,14 +82,22 @@ class MergePlan:
         return 1 + (len(self.method.passes(unit)) if merged else 0)
 
     def inputs(self, tensor: TensorContext) -> list[TensorInfo]:
-        """The tensor in the base, the experts and, where it is read, the Fisher."""
+        """The tensor in the base, the experts that are read for it and, where it is read, the Fisher."""
         base = self.base.tensors[tensor.name]
-        infos = [base]
-        if self.actions[tensor.name] != "copy":
-            infos += [match.tensors[tensor.name] for match in self.matches]
-        if self.actions[tensor.name] == "merge" and self.method.reads_fisher(tensor):
+        infos = [base, *(info for _, info in self.expert_inputs(tensor))]
+        if self.reads_fisher(tensor):
             infos.append(self._fisher_info(base))
         return infos
+
+    def expert_inputs(self, tensor: TensorContext) -> list[tuple[Checkpoint, TensorInfo]]:
+        """The tensor in the experts. Where the base's is copied they are read for NaN and Inf alone."""
+        if self.actions[tensor.name] == "copy" and self.recipe.allow_nonfinite:
+            return []
+        models = zip(self.experts, self.matches, strict=True)
+        return [(model, match.tensors[tensor.name]) for model, match in models if tensor.name in match.tensors]
+
+    def reads_fisher(self, tensor: TensorContext) -> bool:
+        return self.actions[tensor.name] == "merge" and self.method.reads_fisher(tensor)
 
     def survey_inputs(self, tensor: TensorContext) -> list[TensorInfo]:
         """The tensor in every checkpoint that the method's survey reads."""
@@ -185,6 +194,7 @@ def plan(
             refuse_quantised(expert)
         matches = match_experts(base, experts)
         method = resolved.method
+        _refuse_useless_fisher(recipe, method)
         prefix = decoder_prefix(base.tensors)
         shards = plan_shards(
             ((name, info.dtype, info.shape) for name, info in base.tensors.items()), recipe.max_shard_bytes
@@ -194,10 +204,10 @@ def plan(
             for shard in shards
             for info in shard.tensors
         ]
-        actions = {tensor.name: _action(method, tensor, base) for tensor in contexts}
+        actions = {tensor.name: _action(method, tensor, base, matches) for tensor in contexts}
         fisher = None
         if method.needs_fisher and recipe.fisher_from is not None:
-            needed = [tensor.name for tensor in contexts if method.survey(tensor) is not None]
+            needed = [tensor.name for tensor in _surveyed(contexts, actions, method)]
             fisher = open_fisher(Path(recipe.fisher_from), base, recipe.fisher, needed)
             stack.enter_context(fisher[0])
         notes = [note for match in matches for note in match.notes]
@@ -209,8 +219,20 @@ def plan(
         return job
 
 
-def _action(method: Method, tensor: TensorContext, base: Checkpoint) -> Action:
-    if not method.merges(tensor) or tensor.numel == 0:
+def _refuse_useless_fisher(recipe: Recipe, method: Method) -> None:
+    if not method.needs_fisher and (
+        recipe.fisher_from is not None or recipe.fisher != FisherSettings.model_validate({})
+    ):
+        raise RecipeError(f"method {recipe.method} with these parameters uses no Fisher: leave out the Fisher options")
+
+
+def _surveyed(contexts: list[TensorContext], actions: Mapping[str, Action], method: Method) -> list[TensorContext]:
+    return [tensor for tensor in contexts if actions[tensor.name] == "merge" and method.survey(tensor) is not None]
+
+
+def _action(method: Method, tensor: TensorContext, base: Checkpoint, matches: list[Match]) -> Action:
+    everywhere = all(tensor.name in match.tensors for match in matches)
+    if not method.merges(tensor) or tensor.numel == 0 or not everywhere:
         return "copy"
     return "merge" if base.tensors[tensor.name].floating else "same"
 

@@ -143,7 +143,9 @@ class CheckpointWriter:
         with self._lock:
             self._entries[name] = dict(entry)
             file.complete.add(name)
-            self._hashing = [f for f in self._hashing if not f.done() or f.exception()]
+            for future in [future for future in self._hashing if future.done()]:
+                self._hashing.remove(future)
+                future.result()  # raises what went wrong while hashing, rather now than at the end
             self._hashing.append(self._hasher.submit(self._advance, file))
 
     def publish(self, files: Mapping[str, bytes | Path]) -> None:

@@ -101,8 +101,8 @@ class FimTies(Method):
     take its alpha untrimmed and do not enter the score; everything outside the blocks stays the base's (`other`).
     Nothing is rescaled after the trim. Exactly k entries are kept, ties in flat-index order. With several experts
     each has its own alphas; the sign is elected on the scaled, trimmed task vectors (zero counts as +) and the
-    agreeing ones are averaged by their count. Sums run in float64, all else in float32. A block without Fisher or
-    without task vector gets the coefficient of the least important scored block; equal scores give 0.5.
+    agreeing ones are averaged by their count. Sums run in float64, all else in float32. A block without Fisher,
+    task vector or matrices gets the coefficient of the least important scored block; equal scores give 0.5.
     With granularity `tensor`, biases and norm weights take the mean alpha of their block's matrices.
     Reference: FIM-Merging, arXiv 2603.21705, algorithm 1; where it is ambiguous, the reading is the one above.
 
@@ -219,7 +219,7 @@ class FimTies(Method):
             return [float(factor)] * len(self.experts)
         gate = self.parameters.gate_factor if _GATE.search(tensor.name) else 1.0
         return [
-            gate * by_tensor.get(tensor.name, by_block[tensor.block])
+            gate * by_tensor.get(tensor.name, by_block.get(tensor.block, max(by_block.values())))
             for by_tensor, by_block in zip(self._by_tensor, self._by_block, strict=True)
         ]
 
