@@ -84,7 +84,7 @@ def fisher_bytes(base: Checkpoint, settings: FisherSettings) -> int:
     """Peak bytes a Fisher pass holds on its device: what lies outside the blocks, one block, its squares.
 
     Counted: weights and two gradients in the compute dtype, squares in float32, three float32 copies of one
-    sequence's logits; and a third on top, which is what the allocator was measured to keep.
+    sequence's logits.
     """
     prefix = decoder_prefix(base.tensors)
     width = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}.get(settings.compute_dtype or "", 0)
@@ -92,19 +92,19 @@ def fisher_bytes(base: Checkpoint, settings: FisherSettings) -> int:
     squares: dict[int, int] = {}
     outside = outside_elements = largest = vocabulary = 0
     for name, info in base.tensors.items():
-        block = block_index(name, prefix)
+        number = block_index(name, prefix)
         nbytes = info.numel * (width or DTYPES[info.dtype].bits // 8)
-        if block is None:
+        if number is None:
             outside += nbytes
             outside_elements += info.numel
             vocabulary = max(vocabulary, info.shape[0] if len(info.shape) == 2 else 0)
         else:
-            blocks[block] = blocks.get(block, 0) + nbytes
+            blocks[number] = blocks.get(number, 0) + nbytes
             largest = max(largest, nbytes)
             if len(info.shape) > 1 or settings.all_parameters:
-                squares[block] = squares.get(block, 0) + 4 * info.numel
+                squares[number] = squares.get(number, 0) + 4 * info.numel
     if settings.all_parameters:
         outside += 4 * outside_elements + outside  # squares and one gradient
     head = 3 * 4 * settings.length * vocabulary
-    block_peak = max((blocks[b] + squares.get(b, 0) for b in blocks), default=0) + 2 * largest
-    return (outside + head + block_peak) * 13 // 10
+    block = max((blocks[b] + squares.get(b, 0) for b in blocks), default=0) + 2 * largest
+    return outside + head + block

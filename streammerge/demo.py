@@ -18,6 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from streammerge.checkpoints.output import check_output
+from streammerge.engine import single_threaded_torch
 from streammerge.errors import OutputExistsError, TransferError
 from streammerge.merge import merge
 from streammerge.progress import progress_bar
@@ -51,7 +52,8 @@ def run(out: Path, *, progress: bool = True, steps: int = 300) -> dict[str, Any]
     base, ft, merged = (out / name for name in ("base", "ft", "merged"))
     tuning = max(steps // 3, 1)
     _claim(out, merged)
-    with _quiet(), _one_thread():
+    # On a busy machine, matrices this small lose more by waiting for a second thread than they gain from it.
+    with _quiet(), single_threaded_torch():
         tokenizer = make_tokenizer()
         model = make_model(tokenizer)
         size = sum(parameter.numel() for parameter in model.parameters())
@@ -169,17 +171,6 @@ def _claim(out: Path, merged: Path) -> None:
         (out / MARKER).touch()
     except OSError as error:
         raise TransferError(f"{out}: cannot be written: {error.strerror}") from error
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """On a busy machine, matrices this small lose more by waiting for a second thread than they gain from it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class Engine:
             self.entries |= shard["tensors"]
         surveyed = [Unit(tensor.name, (tensor,)) for tensor in self.plan.surveyed]
         units = [u for u in self.plan.units if not all(self.writer.is_finished(t.name) for t in u.tensors)]
-        with _single_threaded_torch():
+        with single_threaded_torch():
             surveys: dict[TensorContext, Any] = {}
             if surveyed:
                 self._work("Survey", surveyed, self.plan.survey_bytes, lambda r, unit: self._survey(r, unit, surveys))
@@ -143,7 +143,7 @@ class Engine:
 
 
 @contextmanager
-def _single_threaded_torch() -> Iterator[None]:
+def single_threaded_torch() -> Iterator[None]:
     """One torch thread per worker: the workers are the parallelism, and sums are cut the same way always."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

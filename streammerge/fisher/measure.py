@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ from streammerge.fisher.store import (
 )
 from streammerge.fisher.walk import walk
 from streammerge.progress import progress_bar
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def block_matrices(base: Checkpoint) -> list[str]:
@@ -60,6 +64,7 @@ def measure(
         CheckpointError: the model cannot be walked, or gives non-finite gradients.
     """
     check_output(out, [base.folder], overwrite, manifest=FISHER_FILE)
+    _return_freed_memory()
     dtype = _compute_dtype(base, settings)
     model = BlockModel(base, dtype, _device(device))
     wanted = _wanted(base, model, settings)
@@ -148,6 +153,16 @@ def _require_known(names: Iterable[str], model: BlockModel, base: Checkpoint) ->
             f"model {base.id}: tensor {unknown[0]!r} and {len(unknown) - 1} more are no parameters of "
             f"{type(model.model).__name__} in transformers under that name, so their Fisher cannot be measured"
         )
+
+
+def _return_freed_memory() -> None:
+    """Have glibc give large freed buffers back to the system at once.
+
+    Left alone it raises the size from which it does so up to 32 MiB, and then keeps most of a block's gradients
+    and temporaries: measured on the 1.5B shape, a quarter of the peak.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def default_device() -> str:
