@@ -1,0 +1,91 @@
+"""The plan against what then happens: sizes, passes, notes; and that it reads headers only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from make_checkpoints import make_pair
+
+import streammerge
+from streammerge.checkpoints.checkpoint import Checkpoint
+from streammerge.checkpoints.source import LocalFile
+from streammerge.errors import RecipeError
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    base, ft = make_pair("tiny", tmp_path_factory.mktemp("pair"), ft_tie=False, tie=True, say=lambda line: None)
+    return str(base), str(ft)
+
+
+def job(pair: tuple[str, str], method: str, **values: Any) -> dict[str, Any]:
+    return {"base": pair[0], "models": [pair[1]], "method": method, **values}
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "fim_ties"])
+def test_the_summary_says_what_the_merge_does(pair: tuple[str, str], tmp_path: Path, method: str) -> None:
+    recipe = job(pair, method, max_shard_bytes="60KB")
+    with streammerge.plan(recipe) as plan, Checkpoint.open(pair[0]) as base:
+        summary = plan.summary()
+        infos = list(base.tensors.values())
+    result = streammerge.merge(recipe, tmp_path / "out", device="cpu")
+    assert summary["bytes_to_write"] == sum(shard["bytes"] for shard in result["shards"].values())
+    assert summary["shards"] == len(result["shards"]) > 1
+    assert summary["tensors"] == len(infos) == len(result["tensors"])
+    assert summary["parameters"] == sum(info.numel for info in infos)
+    assert summary["merged"] == sum("coefficient" in tensor for tensor in result["tensors"].values())
+    assert summary["merged"] + summary["copied"] == summary["tensors"]
+    assert summary["notes"] == result["notes"]
+    assert len(summary["notes"]) == 1
+    assert "lm_head.weight" in summary["notes"][0]
+    weights = sum(info.nbytes for info in infos)
+    matrices = sum(info.nbytes for info in infos if ".layers." in info.name and len(info.shape) > 1)
+    fisher = method == "fim_ties"
+    assert summary["bytes_to_read"] == 2 * weights + (2 * matrices + matrices if fisher else 0)
+    assert bool(summary["peak_fisher_bytes"]) is fisher
+    assert bool(summary["fisher_bytes_to_read"]) is fisher
+
+
+def test_passes_are_those_of_the_method(pair: tuple[str, str]) -> None:
+    passes = {"task_arithmetic": 1, "linear": 1, "ties": 4, "fim_ta": 1, "fim_ties": 5}
+    for method, count in passes.items():
+        with streammerge.plan(job(pair, method)) as plan:
+            assert plan.summary()["passes"] == count, method
+
+
+def test_only_headers_are_read(pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    furthest: dict[str, int] = {}
+    plain = LocalFile.read_into
+
+    def watched(self: LocalFile, buffer: memoryview, offset: int) -> None:
+        furthest[self.where] = max(furthest.get(self.where, 0), offset + len(buffer))
+        plain(self, buffer, offset)
+
+    monkeypatch.setattr(LocalFile, "read_into", watched)
+    with streammerge.plan(job(pair, "fim_ties")) as plan:
+        headers = {min(info.start for info in model.tensors.values()) for model in (plan.base, *plan.experts)}
+        plan.summary()
+    assert set(furthest.values()) == headers
+    assert len(furthest) == 2
+
+
+def test_auto_density_follows_the_size_of_the_base(pair: tuple[str, str]) -> None:
+    with streammerge.plan(job(pair, "fim_ties")) as plan:
+        assert plan.summary()["models"][0]["density"] == 0.2
+
+
+@pytest.mark.parametrize("changes", [{"fisher_from": "somewhere"}, {"fisher": {"samples": 4}}])
+def test_a_fisher_that_nobody_reads_is_refused(pair: tuple[str, str], changes: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="method ties with these parameters uses no Fisher"):
+        streammerge.plan(job(pair, "ties", **changes))
+
+
+def test_scores_from_norms_alone_need_no_fisher(pair: tuple[str, str], tmp_path: Path) -> None:
+    recipe = job(pair, "fim_ties", parameters={"importance": "norm", "trim": "magnitude"})
+    with streammerge.plan(recipe) as plan:
+        assert plan.summary()["fisher"] == "none"
+    result = streammerge.merge(recipe, tmp_path / "out")
+    assert all(row["fisher_mean"] is None for row in result["blocks"])
+    assert {row["alpha"] for row in result["blocks"]} >= {0.5}
