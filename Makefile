@@ -20,7 +20,7 @@ demo: $(READY) ## make a small pair of models, merge it with FIM-TIES, generate 
 	$(BIN)/streammerge demo --out demo
 
 test: $(READY) ## run the tests
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .

@@ -1,4 +1,12 @@
-"""Fixtures of the end-to-end tests."""
+"""One torch thread per test process, and the fixtures of the end-to-end tests.
+
+The tests run side by side on all processors; several torch threads in each would wait for one another instead of
+working (ten seconds became two minutes). Set before torch is imported, and inherited by what the tests start.
+"""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from collections.abc import Callable
 from pathlib import Path
