@@ -74,7 +74,8 @@ def make_budget(
             f"--max-ram of {format_size(max_ram)} cannot hold one piece of tensor {widest.name!r} in every input: "
             f"give at least {-(-least // 2**20)}MiB"
         )
-    wanted = threads or min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = threads or min(processors, _MAX_WORKERS)
     workers = max(1, min(wanted, max_ram // least, len(units)))
     largest = max(unit_bytes(unit, inputs) for unit in units)
     return Budget(workers, min(max_ram // workers - scratch, max(largest, tile)), scratch)

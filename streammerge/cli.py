@@ -14,6 +14,7 @@ import typer
 
 import streammerge
 from streammerge.checkpoints.locate import HUB_SCHEME
+from streammerge.checkpoints.output import check_output
 from streammerge.errors import RecipeError, StreammergeError
 from streammerge.fisher.store import FisherRecord, FisherSettings
 from streammerge.options import (
@@ -90,6 +91,7 @@ def merge(
     values["fisher"] = {**_mapping(values, "fisher"), **fisher_settings(options)}
     given = {name: options[name] for name in parameter_help() if options.get(name)}
     values["parameters"] = {**_mapping(values, "parameters"), **{k: _plain(v) for k, v in given.items()}}
+    values["models"] = _without(values.get("models"), given)
     if "base" not in values:
         raise typer.BadParameter("give the base model", param_hint="--base")
     if not values.get("models"):
@@ -99,6 +101,8 @@ def merge(
     if dry_run:
         with streammerge.plan(job, max_ram=budget, threads=threads) as planned:
             summary = planned.summary()
+            if out is not None:
+                check_output(out, [model.folder for model in (planned.base, *planned.experts)], overwrite)
         _print(summary if json else plan_text(summary))
         return
     if out is None:
@@ -244,6 +248,18 @@ def _mapping(values: dict[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RecipeError(f"recipe: {key}: must be a mapping, not {value!r}")
     return value
+
+
+def _without(models: Any, given: dict[str, Any]) -> Any:
+    """A recipe's models without the per-model values that the command line overrides."""
+    if not isinstance(models, list):
+        return models
+    return [
+        {**model, "parameters": {k: v for k, v in model["parameters"].items() if k not in given}}
+        if isinstance(model, dict) and isinstance(model.get("parameters"), dict)
+        else model
+        for model in models
+    ]
 
 
 def _plain(values: list[str]) -> Any:

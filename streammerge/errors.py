@@ -6,7 +6,7 @@
      |    +-- HeaderError                   a safetensors header or an index that breaks the format
      |    +-- MissingTensorError (KeyError) a tensor that should be there and is not
      |    +-- IncompatibleCheckpointsError  models that cannot be merged: every mismatch, not the first
-     +-- MemoryBudgetError                  --max-ram or --max-vram too small, with the smallest that works
+     +-- MemoryBudgetError                  --max-ram too small, with the smallest that works
      +-- TransferError (OSError)            bytes that could not be read, written, downloaded or uploaded
      +-- OutputExistsError                  an output folder that holds something else
 

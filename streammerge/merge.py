@@ -61,6 +61,8 @@ def merge(
         sources = _sources(job)
         if job.fisher is not None:
             check_same_base(job.fisher[1], job.base, sources[0]["fingerprint"])
+        if save_fisher is not None and job.fisher is not None:
+            raise RecipeError("a Fisher is reused, so there is no new one to save: give one of the two folders")
         if save_fisher is not None and not job.method.needs_fisher:
             raise RecipeError(f"method {job.recipe.method} with these parameters uses no Fisher to save")
         if save_fisher is not None and not (Path(save_fisher) / FISHER_FILE).is_file():

@@ -19,7 +19,7 @@ from streammerge.recipe import DEFAULT_METHOD
 
 MODELS, METHOD, FISHER, RESOURCES = "Models", "Parameters of the methods", "Fisher", "Resources"
 
-RecipeFile = Annotated[Path | None, typer.Argument(help="YAML recipe; options given besides go before its values.")]
+RecipeFile = Annotated[Path | None, typer.Argument(help="YAML recipe; options override its values.")]
 Base = Annotated[str | None, typer.Option(help="Base model: folder or org/name\\[@revision].", rich_help_panel=MODELS)]
 Ft = Annotated[
     list[str] | None, typer.Option(help="Fine-tuned model, likewise. Repeat for several.", rich_help_panel=MODELS)

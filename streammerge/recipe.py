@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,19 @@ def make_recipe(values: Recipe | Mapping[str, Any]) -> Recipe:
     return values if isinstance(values, Recipe) else build(Recipe, values, "recipe")
 
 
+_BOOL = "tag:yaml.org,2002:bool"
+
+
 class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, where PyYAML would keep the last one."""
+    """A safe loader that refuses a key given twice, where PyYAML would keep the last one.
+
+    Only true and false are booleans, as in YAML 1.2: `norm_tolerance: off` must stay the word.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own way
+        first: [(tag, pattern) for tag, pattern in pairs if tag != _BOOL]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -74,6 +86,9 @@ class _Loader(yaml.SafeLoader):
         if twice is not None:
             raise yaml.YAMLError(f"{twice!r} is given twice")
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

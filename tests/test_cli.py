@@ -399,3 +399,16 @@ def test_a_closed_pipe_is_no_traceback(merged: Merged) -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert "Traceback" not in done.stderr
+
+
+def test_an_option_overrides_a_per_model_value_of_the_recipe(models: Models, tmp_path: Path, run: Run) -> None:
+    recipe = {"base": str(models.base), "models": [{"model": str(models.ft), "parameters": {"coefficient": 1.0}}]}
+    (tmp_path / "r.yaml").write_text(json.dumps({**recipe, "method": "task_arithmetic"}))
+    result = run("plan", str(tmp_path / "r.yaml"), "--coefficient", "0.25", "--json")
+    assert json.loads(result.out)["models"][0]["coefficient"] == 0.25
+
+
+def test_a_dry_run_checks_the_output_folder(models: Models, run: Run) -> None:
+    result = run("merge", "--base", str(models.base), "--ft", str(models.ft), "--out", str(models.base), "--dry-run")
+    assert result.code == 1
+    assert "is also an input" in result.err

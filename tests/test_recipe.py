@@ -152,3 +152,9 @@ def test_parameters_that_make_no_sense(values: dict[str, Any], words: str) -> No
 def test_values_of_another_kind(values: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         make_recipe(values)
+
+
+def test_off_in_a_recipe_stays_the_word(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("parameters: {norm_tolerance: off, other: on, normalize: false, x: yes}")
+    values = load_recipe(tmp_path / "r.yaml")["parameters"]
+    assert values == {"norm_tolerance": "off", "other": "on", "normalize": False, "x": "yes"}

@@ -64,7 +64,7 @@ class BlockModel:
         self._of_block = [
             [name for name in self._names if name.startswith(f"{start}{i}.")] for i in range(len(self.blocks))
         ]
-        largest = max(sum(self._info(name).nbytes for name in names) for names in self._of_block)
+        largest = max(sum(_aligned(self._info(name).nbytes) for name in names) for names in self._of_block)
         self._arena = torch.empty(largest, dtype=torch.uint8)
         for name, buffer in self.model.named_buffers():
             set_module_tensor_to_device(self.model, name, device, value=buffer, dtype=buffer.dtype, clear_cache=False)
@@ -89,7 +89,7 @@ class BlockModel:
             raw = self._arena[start : start + info.nbytes]
             self.base.read_into(info, 0, as_bytes(raw))
             self._set(name, info, raw.view(torch_dtype(info.dtype)).view(info.shape))
-            start += info.nbytes
+            start += _aligned(info.nbytes)
         return self.blocks[index]
 
     def unload_block(self, index: int) -> None:
@@ -213,3 +213,8 @@ def _tensor_names(model: nn.Module, base: Checkpoint) -> dict[str, str]:
             mismatches,
         )
     return names
+
+
+def _aligned(count: int) -> int:
+    """Rounded up, so that a tensor of any dtype may follow one of any other in the arena."""
+    return -(-count // 64) * 64

@@ -18,6 +18,7 @@ from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_
 from streammerge.checkpoints.layout import file_names, plan_shards
 from streammerge.checkpoints.output import check_output
 from streammerge.checkpoints.writer import CheckpointWriter
+from streammerge.compatibility import refuse_quantised
 from streammerge.errors import CheckpointError, RecipeError
 from streammerge.fisher.blocks import BlockModel
 from streammerge.fisher.probes import random_tokens
@@ -63,6 +64,7 @@ def measure(
         RecipeError: there is no such device.
         CheckpointError: the model cannot be walked, or gives non-finite gradients.
     """
+    refuse_quantised(base)
     check_output(out, [base.folder], overwrite, manifest=FISHER_FILE)
     _return_freed_memory()
     dtype = _compute_dtype(base, settings)
