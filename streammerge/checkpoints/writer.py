@@ -5,6 +5,7 @@ a journal with its SHA-256; the index (or the single `model.safetensors`) moves 
 half-written folder never loads as a checkpoint. The same call again goes on behind the last finished shard.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -39,10 +40,7 @@ class _ShardFile:
         with transfer_errors(path, f"cannot reserve {format_size(shard.size)}"):
             self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(self.fd, 0, shard.size)
-                else:
-                    os.ftruncate(self.fd, shard.size)
+                _reserve(self.fd, shard.size)
                 self.write(0, memoryview(shard.header))
             except BaseException:
                 os.close(self.fd)
@@ -287,3 +285,15 @@ def _fsync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Have the disk set `size` bytes aside, so that a full one shows now; only set the length where it cannot."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except AttributeError:  # not on macOS
+        os.ftruncate(fd, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(fd, size)

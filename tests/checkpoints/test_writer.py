@@ -799,3 +799,21 @@ def test_a_side_file_that_vanished(out: Path, tmp_path: Path) -> None:
         with pytest.raises(TransferError, match=r"tokenizer\.json: cannot be copied from .*gone"):
             writer.publish({"tokenizer.json": tmp_path / "gone"})
     assert loads(out) is None
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EINVAL, None])
+def test_a_disk_that_cannot_reserve_is_written_all_the_same(
+    out: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
+) -> None:
+    def refuse(fd: int, start: int, size: int) -> None:
+        assert code is not None
+        raise OSError(code, os.strerror(code))
+
+    if code is None:
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with CheckpointWriter(out, planned(STATE), IDENTITY) as writer:
+        fill(writer, STATE)
+        writer.publish({"config.json": b"{}"})
+    assert loads(out) == bits(STATE)
