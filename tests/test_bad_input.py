@@ -543,7 +543,7 @@ RECIPES: dict[str, tuple[str | bytes, list[str]]] = {
         ["method fim_ties, model {ft}: there is no 'densty': did you mean 'density'?"],
     ),
     "parameters no mapping": ("base: a\nmodels: [b]\nparameters: [1]\n", ["parameters: must be a mapping, not [1]"]),
-    "Fisher no mapping": ("base: a\nmodels: [b]\nfisher: yes\n", ["fisher: must be a mapping, not True"]),
+    "Fisher no mapping": ("base: a\nmodels: [b]\nfisher: yes\n", ["fisher: must be a mapping, not 'yes'"]),
     "models no list": ("base: a\nmodels: b\n", ["models: Input should be a valid list, not 'b'"]),
     "base no text": ("base: 7\nmodels: [b]\n", ["base: Input should be a valid string, not 7"]),
     "base empty": ("base: ''\nmodels: [b]\n", ["base: String should have at least 1 character"]),
