@@ -132,7 +132,7 @@ def naive_fim(
     deltas = [{name: expert[name].float() - tensor for name, tensor in base.items()} for expert in experts]
 
     blocks = sorted({block for name in base if (block := block_of(name)) is not None})
-    matrices = {b: [n for n, t in base.items() if block_of(n) == b and t.ndim == 2] for b in blocks}
+    matrices = {b: [n for n, t in base.items() if block_of(n) == b and t.ndim > 1] for b in blocks}
     fisher_mean = [pooled_mean([fisher[n].double() for n in matrices[b]]) for b in blocks]
     mean_square = [[pooled_mean([d[n].double() ** 2 for n in matrices[b]]) for b in blocks] for d in deltas]
     scores = [[block_score(f, m, importance) for f, m in zip(fisher_mean, row, strict=True)] for row in mean_square]
@@ -142,15 +142,16 @@ def naive_fim(
         if block_of(name) is None:
             result.merged[name] = origin.clone()
             continue
-        factor = gate_factor if "gate_proj" in name else 1.0
+        gate = gate_mask(name, base)
         ys = []
         for i, delta in enumerate(deltas):
             d = delta[name]
-            if trim and origin.ndim == 2:
+            if trim and origin.ndim > 1:
                 d = _trim_by_fisher(name, d, fisher[name].float(), density, result)
-            ys.append((factor * result.alpha(i, name)) * d)
+            alpha = result.alpha(i, name)
+            ys.append(torch.where(gate, (gate_factor * alpha) * d, alpha * d))
         merged = origin + (disjoint_mean(ys) if elect else add_all(ys))
-        if norm_tolerance is not None and origin.ndim == 2:
+        if norm_tolerance is not None and origin.ndim > 1:
             merged = _calibrate(name, origin, merged, norm_tolerance, result)
         result.merged[name] = merged
     return result
@@ -160,6 +161,23 @@ def block_of(name: str) -> int | None:
     """N of `model.layers.N.`, or None outside the decoder blocks."""
     match = BLOCK.match(name)
     return int(match[1]) if match else None
+
+
+def gate_mask(name: str, tensors: Tensors) -> Tensor:
+    """True at the entries of W_g in W_d (act(W_g x) * (W_u x)), wherever the checkpoint keeps it.
+
+    `gate_up_proj` is W_g [I, H] above W_u, or one such matrix per expert, if the W_d beside it is [H, I]; else unknown.
+    """
+    tensor, parts = tensors[name], name.split(".")
+    mask = torch.zeros(tensor.shape, dtype=torch.bool)
+    if "gate_proj" in parts or ("experts" in parts and "w1" in parts):
+        mask[...] = True
+    down = tensors.get(name.replace("gate_up_proj", "down_proj"))
+    if "gate_up_proj" in parts and tensor.ndim > 1 and down is not None:
+        gate, up = mask.tensor_split(2, dim=-2)
+        if gate.shape == up.shape == down.mT.shape:
+            gate[...] = True
+    return mask
 
 
 def pooled_mean(tensors: list[Tensor]) -> float:
@@ -214,7 +232,7 @@ def _calibrate(name: str, origin: Tensor, merged: Tensor, tolerance: float, resu
 
     A zero norm on either side: left alone.
     """
-    probes = torch.randn(origin.shape[1], 8, generator=torch.Generator().manual_seed(42)).double()
+    probes = torch.randn(origin.shape[-1], 8, generator=torch.Generator().manual_seed(42)).double()
     before = torch.linalg.norm(origin.double() @ probes).item()
     after = torch.linalg.norm(merged.double() @ probes).item()
     ratio = after / before if before else (1.0 if not after else math.inf)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -15,6 +14,7 @@ from streammerge.errors import CheckpointError
 from streammerge.fisher.coefficients import Importance, Theta, merge_coefficients, score
 from streammerge.fisher.store import FisherRecord
 from streammerge.methods.api import ExpertParameters, Method, ModelFacts, Pass, Results, RowBlock, TensorContext, Unit
+from streammerge.methods.gates import fused_gates, gate_rows, is_gate
 from streammerge.methods.norms import OutputNorm
 from streammerge.methods.selection import top_k_passes
 from streammerge.methods.ties import disjoint_merge
@@ -22,8 +22,6 @@ from streammerge.schema import Strict
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_GATE = re.compile(r"\bgate_proj\b")
 
 Other = float | Literal["base", "mean", "finetuned"]
 
@@ -91,7 +89,7 @@ class FimTies(Method):
     With d_i = theta_i - theta_0, F the base's diagonal Fisher on random tokens, per decoder block l and expert i:
 
         s_l = log(mean_l F * mean_l d_i^2);   alpha_l = 1 - sigmoid((s_l - max s) / (max s - min s))
-        alpha_l * gate_factor for `gate_proj` tensors
+        alpha_l * gate_factor for gate projections
         keep of each matrix the k = round(density * n) entries of d_i with the largest F |d_i|
         theta = theta_0 + alpha_l * kept entries of d_i
         times ||W_0 X|| / ||W X|| for a matrix W whose ||W X|| differs from the base's by more than 5%,
@@ -99,11 +97,15 @@ class FimTies(Method):
 
     Convention: means are pooled over the block's matrices by element count; biases and norm weights in a block
     take its alpha untrimmed and do not enter the score; everything outside the blocks stays the base's (`other`).
-    Nothing is rescaled after the trim. Exactly k entries are kept, ties in flat-index order. With several experts
-    each has its own alphas; the sign is elected on the scaled, trimmed task vectors (zero counts as +) and the
-    agreeing ones are averaged by their count. Sums run in float64, all else in float32. A block without Fisher,
-    task vector or matrices gets the coefficient of the least important scored block; equal scores give 0.5.
-    With granularity `tensor`, biases and norm weights take the mean alpha of their block's matrices.
+    A gate projection is a tensor named `gate_proj`, in experts and shared experts too, or `experts.N.w1`; and of
+    a matrix `gate_up_proj` [..., 2 I, H], or a stack of them, the first I rows of every 2 I, where the `down_proj`
+    beside it is [..., H, I]. Where it is not, the layout is unknown (some models transpose it) and nothing of it is
+    protected; routers and the bias of a `gate_up_proj` are not either. Nothing is rescaled after the trim.
+    Exactly k entries are kept, ties in flat-index order. With several experts each has its own alphas; the sign is
+    elected on the scaled, trimmed task vectors (zero counts as +) and the agreeing ones are averaged by their count.
+    Sums run in float64, all else in float32. A block without Fisher, task vector or matrices gets the coefficient of
+    the least important scored block; equal scores give 0.5. With granularity `tensor`, biases and norm weights take
+    the mean alpha of their block's matrices.
     Reference: FIM-Merging, arXiv 2603.21705, algorithm 1; where it is ambiguous, the reading is the one above.
 
     Raises:
@@ -125,6 +127,7 @@ class FimTies(Method):
         self._table: list[dict[str, Any]] = []
         self._by_block: list[dict[int, float]] = []
         self._by_tensor: list[dict[str, float]] = []
+        self._fused: dict[str, int] = {}
 
     @property
     def needs_fisher(self) -> bool:
@@ -149,6 +152,7 @@ class FimTies(Method):
     def prepared(self, surveys: Mapping[TensorContext, _Survey], fisher: FisherRecord | None) -> Self:
         known = copy.copy(self)
         known._table, known._by_block, known._by_tensor = [], [], []
+        known._fused = fused_gates(surveys)
         for expert, id in enumerate(self.model.experts):
             rows = _scores(surveys, fisher, expert, self.parameters)
             for row in rows:
@@ -189,6 +193,8 @@ class FimTies(Method):
 
     def report(self, tensor: TensorContext, results: Results) -> dict[str, Any]:
         entry: dict[str, Any] = {"coefficient": self._coefficients(tensor)}
+        if tensor.name in self._fused:
+            entry["gate_coefficient"] = [self.parameters.gate_factor * alpha for alpha in entry["coefficient"]]
         if "selection" in results and self.parameters.trim_scope == "tensor":
             entry["kept"] = [selection.kept for selection in results["selection"]]
         if "norm" in results:
@@ -217,11 +223,20 @@ class FimTies(Method):
                 return [math.fsum(blocks.values()) / len(blocks) for blocks in self._by_block]
             factor = {"base": 0.0, "finetuned": 1.0}.get(other, other) if isinstance(other, str) else other
             return [float(factor)] * len(self.experts)
-        gate = self.parameters.gate_factor if _GATE.search(tensor.name) else 1.0
+        gate = self.parameters.gate_factor if is_gate(tensor.name) else 1.0
         return [
             gate * by_tensor.get(tensor.name, by_block.get(tensor.block, max(by_block.values())))
             for by_tensor, by_block in zip(self._by_tensor, self._by_block, strict=True)
         ]
+
+    def _factors(self, block: RowBlock) -> Sequence[float | Tensor]:
+        """What the experts' task vectors are multiplied by: the coefficients; [r, 1] where only some rows are gates."""
+        coefficients = self._coefficients(block.tensor)
+        if block.tensor.name not in self._fused:
+            return coefficients
+        gates = gate_rows(block, self._fused[block.tensor.name])
+        factor = self.parameters.gate_factor
+        return [block.base.new_full(gates.shape, alpha).masked_fill_(gates, factor * alpha) for alpha in coefficients]
 
     def _merged(self, block: RowBlock, results: Results) -> Tensor:
         """Base plus scaled, trimmed task vectors, before the norm calibration."""
@@ -229,8 +244,7 @@ class FimTies(Method):
         if "selection" in results:
             pairs = zip(vectors, self._trim_scores(block), results["selection"], strict=True)
             vectors = [vector * selection.mask(scores, block.offset) for vector, scores, selection in pairs]
-        coefficients = self._coefficients(block.tensor)
-        vectors = [vector * coefficient for vector, coefficient in zip(vectors, coefficients, strict=True)]
+        vectors = [vector * factor for vector, factor in zip(vectors, self._factors(block), strict=True)]
         if self._elects and len(vectors) > 1:  # of one task vector they change nothing
             return block.base + disjoint_merge(vectors, [1.0] * len(vectors))
         total = vectors[0]

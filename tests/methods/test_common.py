@@ -13,7 +13,12 @@ from streammerge.methods import METHODS, Method, api
 # What a method needs, besides density 1 and the coefficients, to return the model that all its inputs are:
 # coefficients that sum to 1 and are exact in binary.
 SAME_MODELS: dict[str, dict[str, Any]] = {"linear": {"base_coefficient": 0.5}}
-SHAPES = {"model.layers.1.mlp.experts.up_proj": (2, 5, 6), "model.layers.1.scale": (), "model.layers.2.one": (1, 1)}
+SHAPES = {
+    "model.layers.1.mlp.experts.gate_up_proj": (2, 10, 6),
+    "model.layers.1.mlp.experts.down_proj": (2, 6, 5),
+    "model.layers.1.scale": (),
+    "model.layers.2.one": (1, 1),
+}
 
 every_method = pytest.mark.parametrize("name", METHODS)
 
