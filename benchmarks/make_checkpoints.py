@@ -201,7 +201,7 @@ def _write(
     raw = memoryview(bytearray(BLOCK * width))
     out = torch.frombuffer(raw, dtype=getattr(torch, dtype))
     bar = tqdm(total=total, desc=folder.name, unit="B", unit_scale=True, disable=None)  # only on a terminal
-    with bar, CheckpointWriter(folder, shards, {"synthetic": folder.name}) as writer:
+    with bar, CheckpointWriter(folder, shards, {"synthetic": folder.name}, fresh=True) as writer:
         try:
             for info in infos:
                 for block, start in enumerate(range(0, info.numel, BLOCK)):

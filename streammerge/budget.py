@@ -1,4 +1,4 @@
-"""How much memory a merge and a Fisher pass take, from headers alone."""
+"""How much memory a merge takes, from headers alone."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
-from streammerge.checkpoints.header import DTYPES, TensorInfo
+from streammerge.checkpoints.header import TensorInfo
 from streammerge.errors import MemoryBudgetError
-from streammerge.fisher.store import FisherSettings
 from streammerge.methods.api import TensorContext, Unit
 from streammerge.units import format_size
 
 DEFAULT_MAX_RAM = 256 * 2**20
 IMPORT_BYTES = 240 * 2**20  # a process that has imported torch, before any data
-FISHER_IMPORT_BYTES = 420 * 2**20  # the same with transformers and accelerate
 
 _ALIGNMENT = 64
 _MAX_WORKERS = 8
@@ -79,33 +76,3 @@ def make_budget(
     workers = max(1, min(wanted, max_ram // least, len(units)))
     largest = max(unit_bytes(unit, inputs) for unit in units)
     return Budget(workers, min(max_ram // workers - scratch, max(largest, tile)), scratch)
-
-
-def fisher_bytes(base: Checkpoint, settings: FisherSettings) -> int:
-    """Peak bytes a Fisher pass holds on its device: what lies outside the blocks, one block, its squares.
-
-    Counted: weights and two gradients in the compute dtype, squares in float32, three float32 copies of one
-    sequence's logits.
-    """
-    prefix = decoder_prefix(base.tensors)
-    width = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}.get(settings.compute_dtype or "", 0)
-    blocks: dict[int, int] = {}
-    squares: dict[int, int] = {}
-    outside = outside_elements = largest = vocabulary = 0
-    for name, info in base.tensors.items():
-        number = block_index(name, prefix)
-        nbytes = info.numel * (width or DTYPES[info.dtype].bits // 8)
-        if number is None:
-            outside += nbytes
-            outside_elements += info.numel
-            vocabulary = max(vocabulary, info.shape[0] if len(info.shape) == 2 else 0)
-        else:
-            blocks[number] = blocks.get(number, 0) + nbytes
-            largest = max(largest, nbytes)
-            if len(info.shape) > 1 or settings.all_parameters:
-                squares[number] = squares.get(number, 0) + 4 * info.numel
-    if settings.all_parameters:
-        outside += 4 * outside_elements + outside  # squares and one gradient
-    head = 3 * 4 * settings.length * vocabulary
-    block = max((blocks[b] + squares.get(b, 0) for b in blocks), default=0) + 2 * largest
-    return outside + head + block

@@ -16,6 +16,7 @@ import streammerge
 from streammerge.checkpoints.locate import HUB_SCHEME
 from streammerge.checkpoints.output import check_output
 from streammerge.errors import RecipeError, StreammergeError
+from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FisherRecord, FisherSettings
 from streammerge.options import (
     AllowNonfinite,
@@ -23,6 +24,7 @@ from streammerge.options import (
     Base,
     Debug,
     Device,
+    DeviceMap,
     DryRun,
     FisherFrom,
     Ft,
@@ -30,6 +32,7 @@ from streammerge.options import (
     HubFt,
     MaxRam,
     MaxShard,
+    MaxVram,
     MethodName,
     Out,
     Overwrite,
@@ -37,6 +40,7 @@ from streammerge.options import (
     RecipeFile,
     SaveFisher,
     Threads,
+    TrustRemoteCode,
     fisher_options,
     fisher_settings,
     method_options,
@@ -68,6 +72,9 @@ def merge(
     fisher: FisherFrom = None,
     save_fisher: SaveFisher = None,
     device: Device = None,
+    max_vram: MaxVram = None,
+    device_map: DeviceMap = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     max_ram: MaxRam = "256MiB",
     max_shard_size: MaxShard = None,
     threads: Threads = None,
@@ -99,8 +106,9 @@ def merge(
     job = make_recipe(values)
     budget = parse_size(max_ram)
     if dry_run:
+        run = FisherRun(device, parse_size(max_vram) if max_vram else None, device_map, trust_remote_code)
         with streammerge.plan(job, max_ram=budget, threads=threads) as planned:
-            summary = planned.summary()
+            summary = planned.summary(run)
             if out is not None:
                 check_output(out, [model.folder for model in (planned.base, *planned.experts)], overwrite)
         _print(summary if json else plan_text(summary))
@@ -113,6 +121,9 @@ def merge(
         max_ram=budget,
         threads=threads,
         device=device,
+        max_vram=parse_size(max_vram) if max_vram else None,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
         save_fisher=save_fisher,
         overwrite=overwrite,
         progress=not quiet,
@@ -130,6 +141,9 @@ def fisher(
     hub_base: HubBase = None,
     out: Out = None,
     device: Device = None,
+    max_vram: MaxVram = None,
+    device_map: DeviceMap = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     max_shard_size: MaxShard = None,
     overwrite: Overwrite = False,
     json: AsJson = False,
@@ -150,6 +164,9 @@ def fisher(
         out,
         build(FisherSettings, fisher_settings(options), "Fisher settings"),
         device=device,
+        max_vram=parse_size(max_vram) if max_vram else None,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
         max_shard_bytes=parse_size(max_shard_size or "5GB"),
         overwrite=overwrite,
         progress=not quiet,
@@ -281,6 +298,7 @@ def _merged_text(result: dict[str, Any], out: Path) -> str:
 def _fisher_text(record: FisherRecord, out: Path) -> str:
     ratio = f"{record.ratio:.1f}" if record.ratio else "undefined"
     lines = [table(*fisher_rows(record)), "", f"largest over smallest block mean: {ratio}"]
+    lines += [f"note: {note}" for note in record.notes]
     return "\n".join([*lines, f"Fisher of {record.base.id} in {out}"])
 
 
@@ -309,8 +327,8 @@ def _root(
 
 
 _register(merge, *method_options(), *fisher_options())
-_register(plan, *method_options(), *fisher_options(), like=merge, drop="out save_fisher device overwrite dry_run quiet")
-_register(fisher, *fisher_options())
+_register(plan, *method_options(), *fisher_options(), like=merge, drop="out save_fisher overwrite dry_run quiet")
+_register(fisher, *fisher_options(bare=True))
 _register(verify)
 _register(demo)
 _COMMANDS = {command.name for command in app.registered_commands}

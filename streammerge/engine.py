@@ -28,14 +28,11 @@ class Engine:
     def __init__(self, plan: MergePlan, writer: CheckpointWriter, progress: bool) -> None:
         self.plan, self.writer, self.progress = plan, writer, progress
         self.method: Method = plan.method
-        self.entries: dict[str, dict[str, Any]] = {}
 
     def run(self) -> tuple[Method, dict[str, dict[str, Any]]]:
         """Merge everything; the method as it was used, and each tensor's report."""
-        for shard in self.writer.finished.values():
-            self.entries |= shard["tensors"]
         surveyed = [Unit(tensor.name, (tensor,)) for tensor in self.plan.surveyed]
-        units = [u for u in self.plan.units if not all(self.writer.is_finished(t.name) for t in u.tensors)]
+        units = [u for u in self.plan.units if not all(self.writer.is_complete(t.name) for t in u.tensors)]
         with single_threaded_torch():
             surveys: dict[TensorContext, Any] = {}
             if surveyed:
@@ -44,7 +41,7 @@ class Engine:
             self.method = self.method.prepared({u.tensors[0]: surveys[u.tensors[0]] for u in surveyed}, fisher)
             self._work("Merge", units, self.plan.merge_bytes, self._merge)
             self.writer.wait()
-        return self.method, {tensor.name: self.entries[tensor.name] for tensor in self.plan.contexts}
+        return self.method, {tensor.name: self.writer.entries[tensor.name] for tensor in self.plan.contexts}
 
     def _work(
         self, label: str, units: Sequence[Unit], size: Callable[[Unit], int], do: Callable[[RowReader, Unit], None]
@@ -110,16 +107,14 @@ class Engine:
             merged = self.method.apply(block, results) if action == "merge" else block.stored[0]
             self._write(block, merged)
         for tensor in unit.tensors:
-            if not self.writer.is_finished(tensor.name):
+            if not self.writer.is_complete(tensor.name):
                 report = self.method.report(tensor, results) if action == "merge" else {}
                 facts = {"block": tensor.block, "dtype": tensor.dtype, "shape": list(tensor.shape)}
-                entry = {**facts, "numel": tensor.numel, **_scalars(report)}
-                self.entries[tensor.name] = entry
-                self.writer.complete(tensor.name, entry)
+                self.writer.complete(tensor.name, {**facts, "numel": tensor.numel, **_scalars(report)})
 
     def _write(self, block: RowBlock, merged: Tensor) -> None:
         name = block.tensor.name
-        if not self.writer.is_finished(name):
+        if not self.writer.is_complete(name):
             stored = merged.to(torch_dtype(block.tensor.dtype)).contiguous()
             self.writer.write(name, block.row * block.tensor.columns * stored.element_size(), as_bytes(stored))
 

@@ -11,10 +11,12 @@ from typing import Any
 from streammerge._version import __version__
 from streammerge.budget import DEFAULT_MAX_RAM
 from streammerge.checkpoints.checkpoint import CARD_FILE, MANIFEST_FILE, Checkpoint
+from streammerge.checkpoints.locate import require_pinned
 from streammerge.checkpoints.output import check_output
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.errors import CheckpointError, RecipeError
 from streammerge.fisher import fisher as measure_fisher
+from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FISHER_FILE, FisherRecord, check_same_base, open_fisher
 from streammerge.plan import MergePlan, plan
 from streammerge.recipe import Recipe
@@ -28,6 +30,9 @@ def merge(
     max_ram: int = DEFAULT_MAX_RAM,
     threads: int | None = None,
     device: str | None = None,
+    max_vram: int | None = None,
+    device_map: str = "auto",
+    trust_remote_code: bool = False,
     save_fisher: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
@@ -42,6 +47,7 @@ def merge(
         max_ram: bytes for buffers and temporaries of the merge, on top of what importing torch takes.
         threads: workers; the processors by default, at most 8.
         device: where a Fisher pass runs: "cpu", "cuda", "cuda:1"; a GPU where there is one by default.
+        max_vram, device_map, trust_remote_code: of a Fisher pass, see `fisher`.
         save_fisher: folder to keep a newly measured Fisher in, for other merges of the same base.
         overwrite: replace a finished merge in `out`, or start an unfinished one anew.
         progress: show progress bars on standard error.
@@ -56,7 +62,10 @@ def merge(
 
     out = Path(out)
     with ExitStack() as stack:
+        run = FisherRun(device, max_vram, device_map, trust_remote_code)
         job = stack.enter_context(plan(recipe, max_ram=max_ram, threads=threads))
+        if trust_remote_code:
+            require_pinned(job.recipe.base)
         check_output(out, [model.folder for model in (job.base, *job.experts)], overwrite)
         sources = _sources(job)
         if job.fisher is not None:
@@ -72,7 +81,7 @@ def merge(
         try:
             if job.method.needs_fisher and job.fisher is None:
                 folder = Path(save_fisher) if save_fisher else writer.work / "fisher"
-                job.fisher = _measured_fisher(job, folder, sources[0]["fingerprint"], device, progress)
+                job.fisher = _measured_fisher(job, folder, sources[0]["fingerprint"], run, progress)
                 stack.enter_context(job.fisher[0])
             method, entries = Engine(job, writer, progress).run()
             result = manifest(job, method, sources, entries, writer.finished)
@@ -87,7 +96,7 @@ def merge(
 
 
 def _measured_fisher(
-    job: MergePlan, folder: Path, fingerprint: str, device: str | None, progress: bool
+    job: MergePlan, folder: Path, fingerprint: str, run: FisherRun, progress: bool
 ) -> tuple[Checkpoint, FisherRecord]:
     """The Fisher in `folder`: the one an interrupted run left there, else a new one."""
     if not (folder / FISHER_FILE).is_file():
@@ -95,7 +104,10 @@ def _measured_fisher(
             job.base,
             folder,
             job.recipe.fisher,
-            device=device,
+            device=run.device,
+            max_vram=run.max_vram,
+            device_map=run.device_map,
+            trust_remote_code=run.trust_remote_code,
             max_shard_bytes=job.recipe.max_shard_bytes,
             progress=progress,
         )

@@ -41,6 +41,27 @@ SaveFisher = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="Where a Fisher pass runs: cpu, cuda, cuda:1. (default: a GPU if there is one)")
 ]
+MaxVram = Annotated[
+    str | None,
+    typer.Option(
+        help="GPU memory of a Fisher pass; with room, blocks stay there and are read once. (default: 90% of the free)",
+        rich_help_panel=RESOURCES,
+    ),
+]
+DeviceMap = Annotated[
+    str,
+    typer.Option(
+        help="Which blocks stay on the device in a Fisher pass: auto, or a JSON file of module names and devices.",
+        rich_help_panel=RESOURCES,
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code that the base model brings, for a Fisher pass. From the Hub, pin it: org/name@COMMIT.",
+    ),
+]
 MaxRam = Annotated[
     str, typer.Option(help="Host memory for buffers, besides the import of torch.", rich_help_panel=RESOURCES)
 ]
@@ -81,13 +102,15 @@ def method_options() -> Iterator[inspect.Parameter]:
         )
 
 
-def fisher_options() -> Iterator[inspect.Parameter]:
+def fisher_options(bare: bool = False) -> Iterator[inspect.Parameter]:
+    """An option for each setting of the Fisher; with `bare`, its name alone does too."""
     for key, field in FisherSettings.model_fields.items():
         flag = field.annotation is bool
         name = key if flag else f"fisher_{key}"
         default = "" if field.default in (None, False) else f" (default: {field.default})"
         text = f"{(field.description or '')[:1].upper()}{(field.description or '')[1:]}{default}."
-        option = typer.Option(f"--{name.replace('_', '-')}", help=text, rich_help_panel=FISHER)
+        names = [name, key] if bare and not flag else [name]
+        option = typer.Option(*(f"--{name.replace('_', '-')}" for name in names), help=text, rich_help_panel=FISHER)
         kind: Any = Annotated[bool, option] if flag else Annotated[str | None, option]
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False if flag else None, annotation=kind)
 

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from streammerge.budget import (
-    DEFAULT_MAX_RAM,
-    FISHER_IMPORT_BYTES,
-    IMPORT_BYTES,
-    Budget,
-    fisher_bytes,
-    make_budget,
-    unit_bytes,
-)
+from streammerge.budget import DEFAULT_MAX_RAM, IMPORT_BYTES, Budget, make_budget, unit_bytes
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
 from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.layout import Shard, plan_shards
 from streammerge.checkpoints.locate import open_model
 from streammerge.compatibility import Match, match_experts, refuse_quantised
 from streammerge.errors import RecipeError
+from streammerge.fisher.placement import FisherRun, place
 from streammerge.fisher.store import STORED_AS, FisherRecord, FisherSettings, open_fisher
 from streammerge.methods.api import Method, TensorContext, Unit
 from streammerge.recipe import Recipe, Resolved, make_recipe, resolve_method
@@ -129,11 +122,11 @@ class MergePlan:
         surveys = sum(self.survey_bytes(Unit(tensor.name, (tensor,))) for tensor in self.surveyed)
         return surveys + sum(self.merge_bytes(unit) for unit in self.units)
 
-    def summary(self) -> dict[str, Any]:
-        """What `streammerge plan` prints."""
+    def summary(self, run: FisherRun | None = None) -> dict[str, Any]:
+        """What `streammerge plan` prints; `run`: how a Fisher pass would be run."""
         merges = IMPORT_BYTES + self.budget.total
         measures = self.method.needs_fisher and self.fisher is None
-        fisher = fisher_bytes(self.base, self.recipe.fisher) if measures else 0
+        fisher = place(self.base, self.recipe.fisher, run or FisherRun()) if measures else None
         return {
             "method": self.recipe.method,
             "parameters_of_method": self.resolved.parameters,
@@ -148,13 +141,13 @@ class MergePlan:
             "copied": sum(action != "merge" for action in self.actions.values()),
             "passes": max(self.passes(unit) for unit in self.units),
             "bytes_to_read": self.bytes_to_read(),
-            "fisher_bytes_to_read": _fisher_bytes_to_read(self.base) if measures else 0,
+            "fisher_bytes_to_read": fisher.bytes_to_read if fisher else 0,
             "bytes_to_write": sum(shard.size for shard in self.shards),
             "shards": len(self.shards),
             "workers": self.budget.workers,
-            "peak_host_bytes": max(merges, FISHER_IMPORT_BYTES + fisher if measures else 0),
+            "peak_host_bytes": max(merges, fisher.host_bytes if fisher else 0),
             "peak_merge_bytes": merges,
-            "peak_fisher_bytes": fisher,
+            "fisher_placement": asdict(fisher) if fisher else None,
             "fisher": "none"
             if not self.method.needs_fisher
             else self.recipe.fisher_from or "measured on random tokens",
@@ -244,8 +237,3 @@ def _units(contexts: list[TensorContext], actions: Mapping[str, Action], method:
         key = method.unit_of(tensor) if actions[tensor.name] == "merge" else tensor.name
         groups.setdefault(key, []).append(tensor)
     return [Unit(key, tuple(tensors)) for key, tensors in groups.items()]
-
-
-def _fisher_bytes_to_read(base: Checkpoint) -> int:
-    prefix = decoder_prefix(base.tensors)
-    return sum(info.nbytes * (1 if block_index(name, prefix) is None else 2) for name, info in base.tensors.items())

@@ -134,10 +134,19 @@ def plan_text(summary: Mapping[str, Any]) -> str:
             f"{format_memory(summary['peak_merge_bytes'])} for the merge alone",
         ),
     ]
-    if summary["peak_fisher_bytes"]:
-        rows.append(("Fisher memory", f"{format_memory(summary['peak_fisher_bytes'])} on its device"))
+    if fisher_pass := summary["fisher_placement"]:
+        rows.append(("Fisher pass", _placement(fisher_pass)))
     lines = [f"{key:14} {value}" for key, value in rows]
     return "\n".join(lines + [f"note           {note}" for note in summary["notes"]])
+
+
+def _placement(fisher: Mapping[str, Any]) -> str:
+    streamed = fisher["blocks"] - fisher["stay"]
+    text = f"on {fisher['device']}, {fisher['stay']} of {fisher['blocks']} blocks stay, {streamed} are read twice; "
+    peak = fisher["device_bytes"]
+    return (
+        text + (f"{format_memory(peak)} there and " if peak else "") + f"{format_memory(fisher['host_bytes'])} of RAM"
+    )
 
 
 def _to_read(summary: Mapping[str, Any]) -> str:

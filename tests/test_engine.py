@@ -19,6 +19,7 @@ from streammerge import engine
 from streammerge.budget import run_bytes
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.checkpoints.source import LocalFile
+from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.errors import CheckpointError, IncompatibleCheckpointsError, MemoryBudgetError, TransferError
 from streammerge.fisher.store import FISHER_FILE
 from streammerge.methods import METHODS, api
@@ -239,7 +240,7 @@ class StopError(Exception):
 
 
 @pytest.mark.parametrize("method", ["ties", "fim_ties"])
-def test_an_interrupted_merge_goes_on_behind_the_last_finished_shard(
+def test_an_interrupted_merge_goes_on_where_it_was(
     trio: dict[str, str], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = {**recipe(trio, method), "max_shard_bytes": 3000}
@@ -267,6 +268,38 @@ def test_an_interrupted_merge_goes_on_behind_the_last_finished_shard(
         assert resumed == reference
         assert digests(out) == digests(tmp_path / "reference")
         assert len(digests(out)) == shards
+
+
+def test_a_merge_interrupted_within_a_shard_writes_no_tensor_twice(
+    trio: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_tiles: None
+) -> None:
+    job = recipe(trio, "ties")
+    reference = streammerge.merge(job, tmp_path / "reference")
+    assert len(reference["shards"]) == 1
+    names = list(reference["tensors"])
+    plain = CheckpointWriter.write
+    written: list[str] = []
+    limit = 0
+
+    def write(self: CheckpointWriter, name: str, start: int, data: memoryview) -> None:
+        if start == 0:
+            if len(written) == limit:
+                raise StopError
+            written.append(name)
+        plain(self, name, start, data)
+
+    monkeypatch.setattr(CheckpointWriter, "write", write)
+    for done in range(1, len(names), 4):
+        out = tmp_path / f"out{done}"
+        written.clear()
+        limit = done
+        with pytest.raises(StopError):
+            streammerge.merge(job, out, threads=1)
+        assert len(written) == done
+        limit = len(names)
+        assert streammerge.merge(job, out, threads=1) == reference
+        assert sorted(written) == sorted(names)
+        assert digests(out) == digests(tmp_path / "reference")
 
 
 def test_a_failed_read_leaves_a_run_that_can_go_on(

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.checkpoints.checkpoint import Checkpoint
-from streammerge.errors import CheckpointError, TransferError
+from streammerge.errors import CheckpointError, RecipeError, TransferError
 
 HUB_SCHEME = "hf://"
 _REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
+_COMMIT = re.compile(r"@[0-9a-f]{40}$")
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.py"]
 _WANTED += ["*LICENSE*", "*NOTICE*", "tokenizer*", "merges*", "vocab*"]
 _UNWANTED = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*", "onnx/*"]
@@ -51,6 +52,17 @@ def locate(reference: str) -> Location:
         kind = "Hub repository id (org/name[@revision])" if hub_only else "folder, nor a Hub repository id (org/name)"
         raise CheckpointError(f"model {name}: there is no such {kind}")
     return _download(repository, revision or None)
+
+
+def require_pinned(reference: str) -> None:
+    """Refuse a model on the Hub whose revision may come to mean other files, before any code of it is run.
+
+    Raises:
+        RecipeError: the reference names no full commit.
+    """
+    name = reference.removeprefix(HUB_SCHEME)
+    if (name != reference or not os.path.isdir(name)) and not _COMMIT.search(name):
+        raise RecipeError(f"--trust-remote-code: pin {name} to the commit you have read: {name.split('@')[0]}@COMMIT")
 
 
 def open_model(reference: str) -> Checkpoint:

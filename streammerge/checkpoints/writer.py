@@ -1,71 +1,33 @@
 """Writing a checkpoint: header first, tensors at their offsets, index last.
 
-The work happens in a hidden folder inside the output folder. Each finished shard is fsynced and recorded in
-a journal with its SHA-256; the index (or the single `model.safetensors`) moves into place last, so that a
-half-written folder never loads as a checkpoint. The same call again goes on behind the last finished shard.
+The work happens in a hidden folder inside the output folder. A journal there records each finished shard with
+its SHA-256, and every few seconds the tensors completed since, always after their bytes are on disk. The index (or
+the single `model.safetensors`) moves into place last, so that a half-written folder never loads as a checkpoint.
+The same call again goes on with the tensors that are not complete.
 """
 
-import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
 
 from streammerge.checkpoints.checkpoint import INDEX_FILE, MANIFEST_FILE, SINGLE_FILE
 from streammerge.checkpoints.header import TensorInfo
-from streammerge.checkpoints.journal import Journal
 from streammerge.checkpoints.layout import Shard
 from streammerge.checkpoints.output import WORK_DIR, files_of_manifest, transfer_errors
+from streammerge.checkpoints.resume import find_leftover
+from streammerge.checkpoints.shard_file import ShardFile, fsync_folder
+from streammerge.checkpoints.work import WorkFolder
 from streammerge.errors import OutputExistsError, TransferError
-from streammerge.units import format_size
 
-_HASH_PIECE = 1 << 20
-
-
-class _ShardFile:
-    """One open shard: positioned writes from any thread, hashed from the front as tensors complete."""
-
-    def __init__(self, shard: Shard, path: Path) -> None:
-        self.shard = shard
-        self.path = path
-        self.complete: set[str] = set()
-        self.digest = hashlib.sha256(shard.header)
-        self.hashed = 0  # tensors hashed so far, in file order
-        with transfer_errors(path, f"cannot reserve {format_size(shard.size)}"):
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-            try:
-                _reserve(self.fd, shard.size)
-                self.write(0, memoryview(shard.header))
-            except BaseException:
-                os.close(self.fd)
-                raise
-
-    def write(self, offset: int, data: memoryview) -> None:
-        while data:
-            with transfer_errors(self.path, f"writing at byte {offset}"):
-                count = os.pwrite(self.fd, data, offset)
-            data, offset = data[count:], offset + count
-
-    def hash_ahead(self) -> bool:
-        """Hash every tensor that is complete and next in line; True when the whole shard is hashed."""
-        while self.hashed < len(self.shard.tensors) and self.shard.tensors[self.hashed].name in self.complete:
-            info = self.shard.tensors[self.hashed]
-            position = info.start
-            while position < info.stop:
-                with transfer_errors(self.path, f"reading back at byte {position}"):
-                    piece = os.pread(self.fd, min(_HASH_PIECE, info.stop - position), position)
-                if not piece:
-                    raise TransferError(f"{self.path}: ended at byte {position} while being hashed: has it changed?")
-                self.digest.update(piece)
-                position += len(piece)
-            self.hashed += 1
-        return self.hashed == len(self.shard.tensors)
+SYNC_SECONDS = 2.0  # from one sync to the next: about as much work is lost when the power fails
 
 
 class CheckpointWriter:
@@ -75,14 +37,16 @@ class CheckpointWriter:
         folder: the output folder, already accepted by `check_output`.
         shards: the layout.
         identity: what the bytes depend on; a run left unfinished under another identity is refused.
-        fresh: start anew instead of going on behind the last finished shard.
+        fresh: start anew instead of going on where an earlier run was.
         manifest: the file among those published that lists them all.
 
     Attributes:
+        entries: tensor name -> entry of every complete tensor, of this run and earlier ones.
         finished: file -> {"bytes", "sha256", "tensors": {name: entry}} of every shard that is done.
+        work: the hidden folder; removed by `publish` and `discard`.
 
     Raises:
-        OutputExistsError: the folder holds an unfinished run of another identity.
+        OutputExistsError: another process writes there, or the folder holds an unfinished run of another identity.
         TransferError: the disk is full or fails. What is done stays, for the next run.
     """
 
@@ -95,20 +59,22 @@ class CheckpointWriter:
         fresh: bool = False,
         manifest: str = MANIFEST_FILE,
     ) -> None:
-        self.folder, self.work, self.shards = folder, folder / WORK_DIR, shards
+        self.folder, self.shards = folder, shards
         self._manifest = manifest
+        self.entries: dict[str, dict[str, Any]] = {}
         self.finished: dict[str, dict[str, Any]] = {}
         self._shard_of = {info.name: shard for shard in shards for info in shard.tensors}
         self._info_of = {info.name: info for shard in shards for info in shard.tensors}
-        self._files: dict[str, _ShardFile] = {}
-        self._entries: dict[str, dict[str, Any]] = {}
-        self._lock = Lock()
+        self._files: dict[str, ShardFile] = {}
+        self._unrecorded: set[str] = set()  # complete, but in no line of the journal
+        self._recorded_at = time.monotonic()
+        self._failure: BaseException | None = None
+        self._lock = Lock()  # of the attributes above
+        self._recording = Lock()  # of the journal, and of closing a file; taken before the other
         self._created = [path for path in (folder, *folder.parents) if not path.exists()]
-        with transfer_errors(self.work, "cannot be prepared"):
-            if fresh and self.work.exists():
-                shutil.rmtree(self.work)
-            self.work.mkdir(parents=True, exist_ok=True)
-            self._journal = Journal(self.work / "journal")
+        with transfer_errors(folder / WORK_DIR, "cannot be prepared"):
+            self._work = WorkFolder(folder, fresh=fresh)
+        self.work, self._journal = self._work.path, self._work.journal
         self._hasher = ThreadPoolExecutor(1, "streammerge-hash")
         self._hashing: list[Future[None]] = []
         try:
@@ -123,28 +89,44 @@ class CheckpointWriter:
         """Where the tensor goes."""
         return self._info_of[name]
 
-    def is_finished(self, name: str) -> bool:
-        """Whether the tensor's shard was finished by this or an earlier run."""
-        return self._shard_of[name].file in self.finished
+    def is_complete(self, name: str) -> bool:
+        """Whether the tensor was completed by this or an earlier run."""
+        return name in self.entries
 
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Write bytes of a tensor, from byte `start` of the tensor on. Any order, any thread."""
         info = self._info_of[name]
         if start < 0 or start + len(data) > info.nbytes:
             raise ValueError(f"bytes {start}..{start + len(data)} of {name!r}, which has {info.nbytes}")
-        self._open(self._shard_of[name]).write(info.start + start, data)
+        with self._lock:
+            file = self._open(name)
+        file.write(info.start + start, data)
 
     def complete(self, name: str, entry: Mapping[str, Any]) -> None:
-        """All bytes of the tensor are written; `entry` is what the journal and the report keep of it."""
-        shard = self._shard_of[name]
-        file = self._open(shard)
+        """All bytes of the tensor are written; `entry` is what the journal and the report keep of it, as JSON."""
+        plain = json.loads(json.dumps(entry))  # what the journal gives back: tuples are lists
         with self._lock:
-            self._entries[name] = dict(entry)
+            file = self._open(name)
+            self.entries[name] = plain
+            self._unrecorded.add(name)
             file.complete.add(name)
             for future in [future for future in self._hashing if future.done()]:
                 self._hashing.remove(future)
                 future.result()  # raises what went wrong while hashing, rather now than at the end
             self._hashing.append(self._hasher.submit(self._advance, file))
+
+    def sync(self) -> None:
+        """Make every complete tensor durable: no kill and no power failure costs it any more. Any thread."""
+        with self._record():
+            with self._lock:
+                names = sorted(self._unrecorded)
+                files = [file for file in self._files.values() if self._unrecorded & file.complete]
+            if names:
+                for file in files:
+                    file.flush()  # before the journal says so
+                self._journal.append({"tensors": {name: self.entries[name] for name in names}})
+                self._forget(names)
+            self._recorded_at = time.monotonic()
 
     def publish(self, files: Mapping[str, bytes | Path]) -> None:
         """Move everything into place: other files first, then the shards, the manifest, the index.
@@ -168,9 +150,10 @@ class CheckpointWriter:
                 target = self.folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(everything[name], target)
-            _fsync_folder(self.folder)
+            fsync_folder(self.folder)
+            self._close_files()
+            self._work.remove()
             self._close()
-            shutil.rmtree(self.work)
 
     def wait(self) -> None:
         """Wait for the hashing thread; raise what went wrong there."""
@@ -181,8 +164,10 @@ class CheckpointWriter:
 
     def discard(self) -> None:
         """Remove what this run wrote, and the folders this run made."""
+        self._close_files()
+        with suppress(OSError):
+            self._work.remove()
         self._close()
-        shutil.rmtree(self.work, ignore_errors=True)
         with suppress(OSError):  # not empty: somebody else's
             for path in self._created:
                 path.rmdir()
@@ -191,50 +176,88 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._close()
+        try:
+            with suppress(TransferError):  # it would hide `exc`
+                self.sync()
+        finally:
+            self._close()
 
     def _resume(self, identity: dict[str, Any]) -> None:
-        entries = self._journal.entries
-        if not entries:
+        lines = self._journal.entries
+        if not lines:
             self._journal.append({"identity": identity})
             return
-        known = entries[0].get("identity", {})
+        self._check_identity(lines[0].get("identity", {}), identity)
+        left = find_leftover(lines[1:], self.shards, self.work, self.folder)
+        for name in left.redo:
+            self._journal.append({"redo": name})  # before the new file looks like the old one
+        for line in left.finished.values():
+            self.entries |= line["tensors"]
+            self._finish(line)
+        for shard in self.shards:
+            if complete := left.complete.get(shard.file):
+                self.entries |= complete
+                file = self._files[shard.file] = ShardFile(shard, self.work / shard.file, complete)
+                self._hashing.append(self._hasher.submit(self._advance, file))  # it may lack nothing but its hash
+
+    def _check_identity(self, known: dict[str, Any], identity: dict[str, Any]) -> None:
         if known != identity:
             keys = sorted(key for key in {*known, *identity} if known.get(key, ()) != identity.get(key, ()))
             raise OutputExistsError(
                 f"output folder {self.folder} holds an unfinished run that differs in {', '.join(keys)}: "
                 "repeat that command to finish it, choose another --out, or start anew with --overwrite"
             )
-        by_file = {shard.file: shard for shard in self.shards}
-        for entry in entries[1:]:
-            path = next((p for p in (self.work / entry["file"], self.folder / entry["file"]) if p.exists()), None)
-            intact = path is not None and path.stat().st_size == by_file[entry["file"]].size
-            if path is not None and intact and _sha256(path) == entry["sha256"]:
-                self._finish(entry)
 
-    def _finish(self, entry: Mapping[str, Any]) -> None:
-        self.finished[entry["file"]] = {key: entry[key] for key in ("bytes", "sha256", "tensors")}
+    def _finish(self, line: Mapping[str, Any]) -> None:
+        self.finished[line["file"]] = {key: line[key] for key in ("bytes", "sha256", "tensors")}
 
-    def _open(self, shard: Shard) -> _ShardFile:
-        with self._lock:
-            if shard.file in self.finished:
-                raise RuntimeError(f"{shard.file} is already finished")  # opening it again would empty it
-            if shard.file not in self._files:
-                self._files[shard.file] = _ShardFile(shard, self.work / shard.file)
-            return self._files[shard.file]
+    def _open(self, name: str) -> ShardFile:
+        """The file of a tensor that is not complete."""
+        if name in self.entries:
+            raise RuntimeError(f"tensor {name!r} is already complete")  # its bytes may be hashed already
+        shard = self._shard_of[name]
+        if shard.file not in self._files:
+            self._files[shard.file] = ShardFile(shard, self.work / shard.file)
+        return self._files[shard.file]
 
-    def _advance(self, file: _ShardFile) -> None:
-        if file.shard.file in self.finished or not file.hash_ahead():
-            return
+    def _advance(self, file: ShardFile) -> None:
+        """Hash what is next in line, record what is due. In the hashing thread."""
+        if file.shard.file not in self.finished and file.hash_ahead(self._sync_if_due):
+            self._record_shard(file)
+        self._sync_if_due()
+
+    def _sync_if_due(self) -> None:
+        if self._unrecorded and time.monotonic() > self._recorded_at + SYNC_SECONDS:
+            self.sync()
+
+    def _record_shard(self, file: ShardFile) -> None:
         shard = file.shard
-        tensors = {info.name: self._entries.pop(info.name) for info in shard.tensors}
-        entry = {"file": shard.file, "bytes": shard.size, "sha256": file.digest.hexdigest(), "tensors": tensors}
-        with transfer_errors(file.path, "cannot be made durable"):
-            os.fsync(file.fd)
-            self._journal.append(entry)
-        self._finish(entry)
+        tensors = {info.name: self.entries[info.name] for info in shard.tensors}
+        line = {"file": shard.file, "bytes": shard.size, "sha256": file.digest.hexdigest(), "tensors": tensors}
+        with self._record():
+            file.flush()
+            self._journal.append(line)
+            self._finish(line)
+            self._forget(tensors)
+            with self._lock:
+                os.close(self._files.pop(shard.file).fd)
+
+    @contextmanager
+    def _record(self) -> Iterator[None]:
+        """One record at a time, and none after a failure: a disk says only once that it lost data."""
+        with self._recording:
+            if self._failure is not None:
+                raise TransferError(f"{self.work}: nothing is recorded any more after this: {self._failure}")
+            try:
+                with transfer_errors(self.work, "cannot be made durable"):
+                    yield
+            except BaseException as error:
+                self._failure = error
+                raise
+
+    def _forget(self, recorded: Iterable[str]) -> None:
         with self._lock:
-            os.close(self._files.pop(shard.file).fd)
+            self._unrecorded.difference_update(recorded)
 
     def _stage(self, name: str, content: bytes | Path) -> Path:
         path = self.work / "files" / name
@@ -265,35 +288,14 @@ class CheckpointWriter:
             if name not in recovered:
                 (self.folder / name).unlink(missing_ok=True)
 
-    def _close(self) -> None:
+    def _close_files(self) -> None:
         self._hasher.shutdown(wait=True, cancel_futures=True)
-        with self._lock:
+        with self._recording, self._lock:
             for file in self._files.values():
                 os.close(file.fd)
             self._files.clear()
-            self._journal.close()
+            self._unrecorded.clear()
 
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _reserve(fd: int, size: int) -> None:
-    """Have the disk set `size` bytes aside, so that a full one shows now; only set the length where it cannot."""
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except AttributeError:  # not on macOS
-        os.ftruncate(fd, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.ftruncate(fd, size)
+    def _close(self) -> None:
+        self._close_files()
+        self._work.close()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 from streammerge.checkpoints.checkpoint import Checkpoint
-from streammerge.checkpoints.locate import open_model
+from streammerge.checkpoints.locate import open_model, require_pinned
+from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FisherRecord, FisherSettings
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -17,6 +19,9 @@ def fisher(
     settings: FisherSettings | None = None,
     *,
     device: str | None = None,
+    max_vram: int | None = None,
+    device_map: str = "auto",
+    trust_remote_code: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
     progress: bool = False,
@@ -26,42 +31,37 @@ def fisher(
         F = (1/N) sum_i (d log p(x_i | theta) / d theta)^2,    x_i ~ Uniform(vocabulary)^length
 
     The result is a checkpoint under the base's tensor names, plus `fisher.json`; every merge of that base
-    can reuse it.
+    can reuse it. Interrupted, the same call goes on at the block where it was, and ends with the same bytes.
 
     Args:
         base: folder, org/name[@revision], hf://org/name[@revision], or an open checkpoint.
         out: the output folder.
-        settings: samples, length, seed, dtypes.
+        settings: samples, length, seed, text, dtypes.
         device: "cpu", "cuda", "cuda:1"; a GPU where there is one by default.
+        max_vram: bytes to use on the GPU; 90% of what is free by default. With room, blocks stay there.
+        device_map: "auto", or a JSON file {module name: device} that says which blocks stay on the device.
+        trust_remote_code: run Python code that the model brings; a Hub model must then be pinned to a commit.
         max_shard_bytes: largest shard of the result.
-        overwrite: replace an earlier Fisher in `out`.
+        overwrite: replace an earlier Fisher in `out`, or start an unfinished one anew.
         progress: show a progress bar on standard error.
 
     Raises:
+        RecipeError: no such device, a device map that is none, code of a model that is not pinned.
         CheckpointError: the model cannot be walked block by block, or gives non-finite gradients.
+        MemoryBudgetError: the GPU is too small. What is done stays, for the next call.
         OutputExistsError: `out` is not free.
 
     Reference: FIM-Merging, arXiv 2603.21705, algorithm 1, step 1.
     """
-    from streammerge.fisher.measure import default_device, measure  # imports torch and transformers
+    from streammerge.fisher.measure import measure  # imports torch and transformers
 
-    if not isinstance(base, Checkpoint):
-        with open_model(base) as checkpoint:
-            return fisher(
-                checkpoint,
-                out,
-                settings,
-                device=device,
-                max_shard_bytes=max_shard_bytes,
-                overwrite=overwrite,
-                progress=progress,
-            )
-    return measure(
-        base,
-        Path(out),
-        settings or FisherSettings.model_validate({}),
-        device=device or default_device(),
-        max_shard_bytes=max_shard_bytes,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    settings = settings or FisherSettings.model_validate({})
+    run = FisherRun(device, max_vram, device_map, trust_remote_code)
+    with ExitStack() as stack:
+        if not isinstance(base, Checkpoint):
+            if trust_remote_code:
+                require_pinned(base)
+            base = stack.enter_context(open_model(base))
+        return measure(
+            base, Path(out), settings, run, max_shard_bytes=max_shard_bytes, overwrite=overwrite, progress=progress
+        )

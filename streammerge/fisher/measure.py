@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
+import math
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import __version__ as transformers_version
 
 from streammerge._version import __version__
 from streammerge.checkpoints.buffers import as_bytes
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix, torch_dtype
-from streammerge.checkpoints.layout import file_names, plan_shards
+from streammerge.checkpoints.layout import Shard, file_names, plan_shards
 from streammerge.checkpoints.output import check_output
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.compatibility import refuse_quantised
-from streammerge.errors import CheckpointError, RecipeError
+from streammerge.errors import CheckpointError, MemoryBudgetError, RecipeError
 from streammerge.fisher.blocks import BlockModel
-from streammerge.fisher.probes import random_tokens
+from streammerge.fisher.phases import Phases
+from streammerge.fisher.placement import FisherRun, blocks_that_stay, default_device
+from streammerge.fisher.probes import probe_tokens
+from streammerge.fisher.state import WalkState
 from streammerge.fisher.store import (
     FISHER_FILE,
     STORED_AS,
@@ -31,7 +36,7 @@ from streammerge.fisher.store import (
     TensorFisher,
     pool_blocks,
 )
-from streammerge.fisher.walk import walk
+from streammerge.fisher.walk import Walk
 from streammerge.progress import progress_bar
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -51,73 +56,144 @@ def measure(
     base: Checkpoint,
     out: Path,
     settings: FisherSettings,
+    run: FisherRun,
     *,
-    device: str,
     max_shard_bytes: int,
     overwrite: bool = False,
     progress: bool = True,
+    phases: Phases | None = None,
 ) -> FisherRecord:
-    """Measure the Fisher of `base` on random tokens and write it into the folder `out`.
+    """Measure the Fisher of `base` and write it into the folder `out`; go on where an interrupted call was.
 
     Raises:
         OutputExistsError: `out` is not free.
-        RecipeError: there is no such device.
+        RecipeError: there is no such device, or the device map is no map of this model.
         CheckpointError: the model cannot be walked, or gives non-finite gradients.
+        MemoryBudgetError: the device is too small. What is done stays, for the next call.
     """
+    phases = phases or Phases()
     refuse_quantised(base)
     check_output(out, [base.folder], overwrite, manifest=FISHER_FILE)
     _return_freed_memory()
-    dtype = _compute_dtype(base, settings)
-    model = BlockModel(base, dtype, _device(device))
+    model, where = build_model(base, settings, run)
     wanted = _wanted(base, model, settings)
+    stay = blocks_that_stay(model, settings, where, run)
     stored = settings.dtype or "bfloat16"
-    shards = plan_shards(((n, STORED_AS[stored], base.info(n).shape) for n in wanted), max_shard_bytes)
-    ids = random_tokens(model.vocab_size, settings.samples, settings.length, settings.seed)
+    shards = plan_shards(((n, STORED_AS[stored], base.info(n).shape) for n in reversed(wanted)), max_shard_bytes)
+    ids = probe_tokens(base, model.vocab_size, settings)
     identity = BaseIdentity(id=base.id, revision=base.revision, fingerprint=base.fingerprint())
     with (
-        CheckpointWriter(out, shards, {"fisher of": base.id}, fresh=True, manifest=FISHER_FILE) as writer,
-        progress_bar(2 * len(model.blocks), "Fisher", "block", progress) as bar,
+        _writer(out, shards, identity, settings, str(where), overwrite) as writer,
+        progress_bar(2 * len(model.blocks) + 1, "Fisher", "block", progress) as bar,
     ):
-        sink = _Sink(writer, getattr(torch, stored), decoder_prefix(base.tensors))
+        sink = _FisherSink(writer, getattr(torch, stored), phases)
+        walk = Walk(model, ids, set(wanted), sink, WalkState(writer.work / "walk"), stay, bar.update, phases)
         try:
-            loss = walk(model, ids, set(wanted), sink, bar.update)
-        except BaseException:
-            writer.discard()
+            walk.run()
+        except (CheckpointError, RecipeError):
+            writer.discard()  # the input is at fault, running again would not help
             raise
-        record = FisherRecord(
-            version=__version__,
-            base=identity,
-            settings=settings.model_copy(update={"dtype": stored}),
-            loss=loss,
-            device=device,
-            blocks=pool_blocks(sink.tensors, block_matrices(base)),
-            tensors={name: sink.tensors[name] for name in wanted},
-            files=[*file_names(shards), FISHER_FILE],
-        )
+        except torch.OutOfMemoryError as error:
+            raise MemoryBudgetError(
+                f"the Fisher pass ran out of memory on {where}: repeat the command with a smaller --max-vram, or with "
+                "--device cpu; it goes on at the block where it was"
+            ) from error
+        writer.wait()
+        record = _record(base, model, settings, identity, ids, walk, writer, str(where))
         content = json.dumps(record.model_dump(), indent=2).encode() + b"\n"
         writer.publish({FISHER_FILE: content})
     return record
 
 
-@dataclass
-class _Sink:
+def _writer(
+    out: Path, shards: Sequence[Shard], base: BaseIdentity, settings: FisherSettings, device: str, overwrite: bool
+) -> CheckpointWriter:
+    """The writer of a Fisher, whose unfinished run only the same pass may finish."""
+    identity = {
+        "version": __version__,
+        "base": base.model_dump(),
+        "settings": settings.model_dump(),
+        "device": device,
+        "torch": torch.__version__,
+        "transformers": transformers_version,
+    }
+    return CheckpointWriter(out, shards, identity, fresh=overwrite, manifest=FISHER_FILE)
+
+
+def _record(
+    base: Checkpoint,
+    model: BlockModel,
+    settings: FisherSettings,
+    identity: BaseIdentity,
+    ids: Tensor,
+    walk: Walk,
+    writer: CheckpointWriter,
+    device: str,
+) -> FisherRecord:
+    prefix = decoder_prefix(base.tensors)
+    entries = writer.entries
+    tensors = {
+        name: TensorFisher(
+            block=block_index(name, prefix), numel=info.numel, mean=entries[name]["mean"], max=entries[name]["max"]
+        )
+        for name, info in base.tensors.items()
+        if name in entries
+    }
+    unreached = [name for name in tensors if not entries[name]["reached"]]
+    notes = list(walk.notes)
+    if unreached:
+        notes.append(
+            f"{len(unreached)} tensors of experts were reached by no token, in whole or in part, {unreached[0]!r} the "
+            "first: they have the mean Fisher of their block's other experts; more samples reach more"
+        )
+    stored = settings.dtype or "bfloat16"
+    return FisherRecord(
+        version=__version__,
+        base=identity,
+        settings=settings.model_copy(update={"dtype": stored}),
+        probe=hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+        loss=walk.losses.mean().item(),
+        device=device,
+        blocks=pool_blocks(tensors, block_matrices(base)),
+        tensors=tensors,
+        unreached=unreached,
+        notes=notes,
+        files=[*file_names(writer.shards), FISHER_FILE],
+    )
+
+
+class _FisherSink:
     """Writes what the walk hands over, and notes each tensor's mean and maximum before it is rounded."""
 
-    writer: CheckpointWriter
-    dtype: torch.dtype
-    prefix: str | None
+    def __init__(self, writer: CheckpointWriter, dtype: torch.dtype, phases: Phases) -> None:
+        self._writer, self._dtype, self._phases = writer, dtype, phases
+        self._sums: dict[str, list[float]] = {}
+        self._most: dict[str, float] = {}
 
-    def __post_init__(self) -> None:
-        self.tensors: dict[str, TensorFisher] = {}
+    def has(self, name: str) -> bool:
+        return self._writer.is_complete(name)
 
-    def __call__(self, fishers: Mapping[str, Tensor]) -> None:
-        for name, fisher in fishers.items():
-            mean = fisher.sum(dtype=torch.float64).item() / max(fisher.numel(), 1)
-            most = fisher.max().item() if fisher.numel() else 0.0
-            summary = TensorFisher(block=block_index(name, self.prefix), numel=fisher.numel(), mean=mean, max=most)
-            self.tensors[name] = summary
-            self.writer.write(name, 0, as_bytes(fisher.to("cpu", self.dtype)))
-            self.writer.complete(name, {})
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        with self._phases.time("write"):
+            self._sums.setdefault(name, []).append(values.sum(dtype=torch.float64).item())
+            self._most[name] = max(self._most.get(name, 0.0), values.max().item() if values.numel() else 0.0)
+            stored = values.to(self._dtype).to("cpu").contiguous()
+            self._writer.write(name, start * self._dtype.itemsize, as_bytes(stored))
+
+    def done(self, name: str, reached: bool = True) -> None:
+        numel = self._writer.info(name).numel
+        mean = math.fsum(self._sums.pop(name, ())) / max(numel, 1)
+        self._writer.complete(name, {"mean": mean, "max": self._most.pop(name, 0.0), "reached": reached})
+
+    def sync(self) -> None:
+        with self._phases.time("state"):
+            self._writer.sync()
+
+
+def build_model(base: Checkpoint, settings: FisherSettings, run: FisherRun) -> tuple[BlockModel, torch.device]:
+    """The model, empty, and the device it is to run on."""
+    where = _device(run.device or default_device())
+    return BlockModel(base, _compute_dtype(base, settings), where, run.trust_remote_code), where
 
 
 def _compute_dtype(base: Checkpoint, settings: FisherSettings) -> torch.dtype:
@@ -135,9 +211,12 @@ def _compute_dtype(base: Checkpoint, settings: FisherSettings) -> torch.dtype:
 
 def _device(name: str) -> torch.device:
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(f"--device {name}: there is no such device here ({str(error).splitlines()[0]})") from None
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"--device {name}: a Fisher pass runs on cpu or cuda")
+    return device
 
 
 def _wanted(base: Checkpoint, model: BlockModel, settings: FisherSettings) -> list[str]:
@@ -165,8 +244,3 @@ def _return_freed_memory() -> None:
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-
-
-def default_device() -> str:
-    """The first GPU where there is one, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

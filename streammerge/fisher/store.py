@@ -30,6 +30,7 @@ class FisherSettings(Strict):
     seed: int = Field(42, ge=0, description="seed of the token ids")
     compute_dtype: ComputeDType | None = Field(None, description="dtype of forward and backward; the checkpoint's own")
     dtype: StoredDType | None = Field(None, description="dtype in which the Fisher is stored; bfloat16")
+    probe_text: str | None = Field(None, description="text file to take the tokens from; random tokens without it")
     all_parameters: bool = Field(False, description="every parameter, not only the decoder blocks' matrices")
 
 
@@ -65,10 +66,13 @@ class FisherRecord(Strict):
     version: str
     base: BaseIdentity
     settings: FisherSettings
+    probe: str = Field(description="SHA-256 of the token ids")
     loss: float = Field(description="summed negative log-likelihood, mean over the sequences, in nats")
     device: str
     blocks: list[BlockFisher]
     tensors: dict[str, TensorFisher]
+    unreached: list[str] = Field(description="tensors of experts that no token reached, in whole or in part")
+    notes: list[str] = Field(description="what a user should know")
     files: list[str] = Field(description="every file of the Fisher, so that --overwrite can replace it")
 
     @property

@@ -1,181 +1,290 @@
-"""Forward and backward through the decoder blocks, one in memory at a time: record, then replay.
+"""Forward and backward through the decoder blocks, one in work at a time: record, then replay.
 
     F = (1/N) sum_i (d log p(x_i | theta) / d theta)^2,    log p(x_i | theta) = sum over next-token terms
 
-Per-sequence gradients (one backward per sequence) are squared and accumulated in float32. Every block is
-read twice, on the way forward and on the way back; between the two only its inputs are kept.
+Sequences go through a block in groups that keep their gradients apart (see `linear.py`). Every block is read twice,
+on the way forward and on the way back, or once where it stays on the device; between the two only its inputs are
+kept, on disk, so that an interrupted walk goes on at the same block.
 Reference: FIM-Merging, arXiv 2603.21705, algorithm 1, step 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
 from streammerge.errors import CheckpointError
-from streammerge.fisher.blocks import BlockModel, Recording
+from streammerge.fisher.blocks import BlockModel, Recording, first
+from streammerge.fisher.feed import BlockFeed
+from streammerge.fisher.head import HeadWalk, InputGradients
+from streammerge.fisher.linear import Factors, LinearFunctions, MixedSequencesError
+from streammerge.fisher.phases import Phases
+from streammerge.fisher.placement import GROUP_TOKENS
+from streammerge.fisher.squares import GradientSquares, Sink, emit, wanted_parts
+from streammerge.fisher.state import WalkState
 
-Sink = Callable[[Mapping[str, Tensor]], None]
-_PIECE = 1 << 20  # elements squared at a time, so that the float32 copies stay small
+_ZEROS = 1 << 20  # elements
 
 
-def walk(model: BlockModel, ids: Tensor, wanted: Set[str], sink: Sink, advance: Callable[[], object]) -> float:
-    """Hand the diagonal Fisher of the wanted tensors to `sink`, block after block from the last to the first.
+@dataclass
+class Walk:
+    """One Fisher pass.
 
     Args:
         model: the model, nothing loaded.
         ids: token ids [samples, length].
         wanted: tensor names to measure.
-        sink: receives {tensor name: float32 Fisher on the model's device}, once per block and, where anything
-            outside the blocks is wanted, once more.
-        advance: called after each block, forward and backward (2 * blocks times).
+        sink: takes the Fisher, block after block from the last to the first, then what lies outside them.
+        state: what an earlier walk over the same ids left, and what this one will.
+        stay: blocks that stay on the device between forward and backward.
+        advance: called once per step: every block forward, the head, every block backward.
+        phases: takes the time.
 
-    Returns:
-        The summed negative log-likelihood per sequence, mean over the sequences, in nats.
-
-    Raises:
-        CheckpointError: a non-finite value in a weight (named), or a loss or gradient (with block and sequence).
+    Attributes:
+        losses: after `run`: summed negative log-likelihood of each sequence, in nats.
+        notes: what a user should know.
     """
-    sequences = [row[None].to(model.device) for row in ids]
-    model.load_resident()
-    outside = _Squares(model, None, wanted)
-    with torch.no_grad():
-        recordings = [model.record(sequence) for sequence in sequences]
-        inputs = _forward(model, recordings, advance)
 
-    loss, gradients = _head(model, sequences, inputs.pop(), outside)
-    for index in reversed(range(len(model.blocks))):
-        block = model.load_block(index)
-        squares = _Squares(model, index, wanted)
-        for sequence, hidden in enumerate(inputs.pop()):
-            args, kwargs = recordings[sequence].calls[index]
-            hidden = hidden.to(model.device).requires_grad_()
-            _first(block(hidden, *args, **kwargs)).backward(gradients[sequence])
-            gradients[sequence] = _gradient(hidden)
-            _require_finite(gradients[sequence], model, f"the gradient at decoder block {index}", sequence)
-        model.unload_block(index)
-        sink(squares.means(len(sequences)))
-        advance()
+    model: BlockModel
+    ids: Tensor
+    wanted: Set[str]
+    sink: Sink
+    state: WalkState
+    stay: Collection[int] = ()
+    advance: Callable[[int], object] = lambda steps: None
+    phases: Phases = field(default_factory=Phases)
 
-    if outside.squares:
-        _before_blocks(model, sequences, gradients, outside)
-        sink(outside.means(len(sequences)))
-    return loss
+    def __post_init__(self) -> None:
+        self.losses: Tensor = torch.empty(0)
+        self.notes: list[str] = []
+        self._tokens, local = self.ids.unique(return_inverse=True)  # sorted, and each id's place among them
+        self._local = local.to(self.model.device)
 
+    def run(self) -> None:
+        """Walk from where the state is to the end.
 
-def _forward(model: BlockModel, recordings: list[Recording], advance: Callable[[], object]) -> list[list[Tensor]]:
-    """The input of every block and the output of the last one: [block][sequence], on the CPU."""
-    inputs = [[recording.embedded.cpu() for recording in recordings]]
-    for index in range(len(model.blocks)):
-        block = model.load_block(index)
+        Raises:
+            CheckpointError: a non-finite value in a weight (named), or a loss or gradient (with block and sequence).
+        """
+        self._load_outside()
+        apart = self.model.all_linear(set(self.wanted)) and not self._outside_wanted()
+        size = max(1, GROUP_TOKENS // self.ids.shape[1]) if apart else 1
+        try:
+            self._walk(size)
+        except MixedSequencesError:  # a block mixes its sequences up: one at a time, then
+            self.state.clear()
+            self._walk(1)
+
+    def _walk(self, size: int) -> None:
+        model, last = self.model, len(self.model.blocks)
+        groups = self._local.split(size)
+        with self.phases.time("forward"):
+            recordings = [model.record(group) for group in groups]
+        special = {model.embedding, *model.names_of_head}
+        outside = {n: p for n, p in model.parameters(None).items() if n in self._outside_wanted() and n not in special}
+        squares = GradientSquares(outside, size, model.base.id)
+        walked = self.state.indices("gradient")
+        if not walked and not self.state.indices("input"):
+            self.state.save("input", 0, {"hidden": torch.cat([r.embedded.detach() for r in recordings])})
+        begin = last if walked else self.state.indices("input")[-1]
+        end = walked[0] if walked else last
+        self.advance(begin + (1 + last - end if walked else 0))
+        order = [*range(begin, last), *reversed(range(end))]
+        with BlockFeed(model.base, model.layouts, order, model.device, self.stay, self.phases) as feed:
+            for index in range(begin, last):
+                self._forward(feed, index, recordings, size)
+            if not walked:
+                self._head(recordings, size, squares)
+            for index in reversed(range(end)):
+                self._backward(feed, index, recordings, size)
+        self.losses = self.state.load("gradient", 0)["losses"]
+        if self._outside_wanted():
+            self._outside(size, squares)
+
+    def _forward(self, feed: BlockFeed, index: int, recordings: list[Recording], size: int) -> None:
+        hidden = self.state.load("input", index)["hidden"].split(size)
+        block = self.model.install(*feed.take())
+        linear = LinearFunctions(self.model.parameters(index))
         outputs = []
-        for sequence, recording in enumerate(recordings):
-            args, kwargs = recording.calls[index]
-            hidden = _first(block(inputs[-1][sequence].to(model.device), *args, **kwargs))
-            _require_finite(hidden, model, f"the output of decoder block {index}", sequence)
-            outputs.append(hidden.cpu())
-        inputs.append(outputs)
-        model.unload_block(index)
-        advance()
-    return inputs
+        with self.phases.time("forward"), torch.no_grad():
+            for recording, inputs in zip(recordings, hidden, strict=True):
+                args, kwargs = recording.calls[index]
+                with linear.group(*inputs.shape[:2]):
+                    outputs.append(first(block(inputs.to(self.model.device), *args, **kwargs)))
+            output = torch.cat(outputs)
+            self._require_finite(output, f"the output of decoder block {index}")
+        self.model.remove(index)
+        with self.phases.time("state"):
+            self.state.save("input", index + 1, {"hidden": output})
+        self.advance(1)
 
+    def _head(self, recordings: list[Recording], size: int, squares: GradientSquares) -> None:
+        last = len(self.model.blocks)
+        groups = self._last_hidden(size)
+        with self.phases.time("head"):
+            head = self._head_walk(groups)
+            losses = self._resident_head(groups) if head is None else self._streamed_head(groups, *head)
+            gradient = torch.cat([_gradient(hidden) for hidden in groups])
+        self._require_finite(losses, "the loss")
+        self._require_finite(gradient, "the gradient after the last decoder block")
+        self._emit(squares.sums, {}, squares.sums)  # those on this side of the blocks
+        self.state.save("gradient", last, {"gradient": gradient, "losses": losses})
+        self.advance(1)
 
-def _head(
-    model: BlockModel, sequences: list[Tensor], hiddens: list[Tensor], outside: _Squares
-) -> tuple[float, list[Tensor]]:
-    """The mean loss, and the gradient of each sequence at the output of the last block."""
-    losses, gradients = [], []
-    for sequence, (ids, hidden) in enumerate(zip(sequences, hiddens, strict=True)):
-        hidden = hidden.to(model.device).requires_grad_()
-        outside.begin(sequence, ids)
-        logits = model.logits(ids, hidden)[0, :-1].float()
-        loss = nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
-        _require_finite(loss, model, "the loss", sequence)
-        loss.backward()
-        gradients.append(_gradient(hidden))
-        losses.append(loss.item())
-    return sum(losses) / len(losses), gradients
+    def _head_walk(self, groups: list[Tensor]) -> tuple[list[Tensor], HeadWalk] | None:
+        """What the head is given for each group, with the graph behind it; None for a head that cannot be cut."""
+        if self.model.head is None:
+            return None
+        given = [self.model.before_head(hidden) for hidden in groups]
+        walk = HeadWalk(self.model, torch.cat(given)[:, :-1], self._targets, self.phases)
+        return (given, walk) if walk.is_elementwise() else None
 
+    def _streamed_head(self, groups: list[Tensor], given: list[Tensor], walk: HeadWalk) -> Tensor:
+        """Backward through head and final norm into `groups`; the losses."""
+        scores = walk.scores()
+        gradient = functional.pad(scores.gradient, (0, 0, 0, 1))  # the last token predicts nothing
+        for inputs, part in zip(given, gradient.split(len(groups[0])), strict=True):
+            inputs.backward(part.to(inputs.dtype))
+        if self._head_wanted():
+            self.state.save("normaliser", 0, {"normaliser": scores.normaliser})
+        return scores.losses
 
-def _before_blocks(model: BlockModel, sequences: list[Tensor], gradients: list[Tensor], outside: _Squares) -> None:
-    """Carry the gradients at the first block's input on into the embedding."""
-    outside.at_input = True
-    for sequence, (ids, gradient) in enumerate(zip(sequences, gradients, strict=True)):
-        outside.begin(sequence, ids)
-        embedded = model.record(ids).embedded
-        if embedded.requires_grad:
-            embedded.backward(gradient)
+    def _resident_head(self, groups: list[Tensor]) -> Tensor:
+        """The same with the whole head in memory, one sequence at a time."""
+        model = self.model
+        self.notes.append("the head does more than score each token by itself, so all of it is in memory")
+        wanted = self._head_wanted()
+        if model.embedding in wanted:
+            raise CheckpointError(
+                f"model {model.base.id}: its head is tied to the embedding and cannot be walked in pieces, so it has "
+                "no Fisher: leave out --all-parameters"
+            )
+        model.load_head()
+        linear = LinearFunctions(model.parameters_of_head())
+        squares = GradientSquares({name: model.parameters_of_head()[name] for name in wanted}, 1, model.base.id)
+        losses: list[Tensor] = []
+        for hidden in groups:
+            hidden.grad = torch.zeros_like(hidden)
+            for row in range(len(hidden)):
+                with linear.group(1, hidden.shape[1]):
+                    logits = model.logits(hidden[row : row + 1])[0, :-1].float()
+                    loss = functional.cross_entropy(logits, self._targets[len(losses)], reduction="sum")
+                    loss.backward()
+                losses.append(loss.detach().double())
+        self._emit(wanted, linear.factors if wanted else {}, squares.sums)
+        return torch.stack(losses)
 
+    def _backward(self, feed: BlockFeed, index: int, recordings: list[Recording], size: int) -> None:
+        model = self.model
+        carried = self.state.load("gradient", index + 1)
+        hidden = self.state.load("input", index)["hidden"].split(size)
+        gradients = carried["gradient"].split(size)
+        block = model.install(*feed.take())
+        parameters = model.parameters(index)
+        linear = LinearFunctions(parameters)
+        mine = wanted_parts(model.parts, parameters, self.wanted, self.sink)
+        squares = GradientSquares({name: parameters[name] for name in mine}, size, model.base.id)
+        handed_on = []
+        with self.phases.time("backward"):
+            for recording, values, gradient in zip(recordings, hidden, gradients, strict=True):
+                args, kwargs = recording.calls[index]
+                inputs = values.to(model.device).requires_grad_()
+                with linear.group(*inputs.shape[:2]):
+                    first(block(inputs, *args, **kwargs)).backward(gradient.to(model.device))
+                handed_on.append(_gradient(inputs))
+            handed = torch.cat(handed_on)
+            self._require_finite(handed, f"the gradient at decoder block {index}")
+        with self.phases.time("square"):
+            self._emit(parameters, linear.factors, squares.sums)
+        model.remove(index)
+        with self.phases.time("state"):
+            self.state.save("gradient", index, {**carried, "gradient": handed})
+            self.state.forget("gradient", index + 1)
+            if index + 1 < len(model.blocks) or not self._head_wanted():
+                self.state.forget("input", index + 1)
+        self.advance(1)
 
-class _Squares:
-    """Gradient hooks that square each gradient into a float32 accumulator and free it at once.
+    def _outside(self, size: int, squares: GradientSquares) -> None:
+        """Carry the gradients at the first block's input on into the embedding, and finish what is not a block."""
+        model, embedding = self.model, self.model.embedding
+        wanted = self._outside_wanted()
+        tied = embedding in self._head_wanted()
+        table = model.model.get_input_embeddings().weight
+        table.requires_grad_()
+        at_input = []
+        for ids, gradient in zip(self._local.split(size), self.state.load("gradient", 0)["gradient"], strict=True):
+            table.grad = None
+            embedded = model.record(ids).embedded
+            if embedded.requires_grad:
+                embedded.backward(gradient[None].to(model.device))
+            at_input.append(torch.zeros_like(table) if table.grad is None else table.grad)
+        wide = torch.promote_types(model.dtype, torch.float32)
+        inputs = InputGradients(self._tokens.to(model.device), torch.stack(at_input).to(wide))
+        if self._head_wanted() and (walk := self._head_walk(self._last_hidden(size))) is not None:
+            normaliser = self.state.load("normaliser", 0)["normaliser"].to(model.device)
+            names = {model.parts[name][0].tensor.name for name in self._head_wanted()}
+            walk[1].squares(normaliser, self.sink, names, inputs if tied else None)
+            for name in names:
+                self.sink.done(name)
+        if embedding in wanted and not tied:
+            self._sparse_embedding(inputs)
+        self._emit(wanted, {}, squares.sums)
+        self.sink.sync()
 
-    The gradient of a tied embedding comes in two parts, from the head and from the input; the square is of
-    their sum. They overlap only in the rows of the sequence's own ids, so the head's part of those rows waits.
+    def _sparse_embedding(self, inputs: InputGradients) -> None:
+        """The Fisher of an embedding of its own: zero but for the rows of the sampled tokens."""
+        info = self.model.parts[self.model.embedding][0].tensor
+        rows, columns = info.shape
+        squares = inputs.gradients.square().mean(0)
+        step = max(1, _ZEROS // columns)
+        for start in range(0, rows, step):
+            block = torch.zeros(min(step, rows - start), columns, dtype=squares.dtype, device=squares.device)
+            here = ((inputs.tokens >= start) & (inputs.tokens < start + len(block))).nonzero().flatten()
+            block[inputs.tokens[here] - start] = squares[here]
+            self.sink.write(info.name, start * columns, block)
+        self.sink.done(info.name)
 
-    Args:
-        model: the model.
-        index: the loaded block, or None for what lies outside the blocks.
-        wanted: tensor names to hook; the others get no gradient.
-    """
+    def _emit(self, names: Iterable[str], factors: Mapping[str, list[Factors]], sums: Mapping[str, Tensor]) -> None:
+        parts = wanted_parts(self.model.parts, names, self.wanted, self.sink)
+        emit(parts, factors, sums, len(self.ids), self.sink, self.model.base.id)
+        self.sink.sync()
 
-    def __init__(self, model: BlockModel, index: int | None, wanted: Set[str]) -> None:
-        self.squares: dict[str, Tensor] = {}
-        self.at_input = False
-        self._from_head: dict[int, Tensor] = {}
-        embedding = model.input_embedding()
-        for name, parameter in model.parameters(index):
-            if name in wanted:
-                parameter.requires_grad_()
-                self.squares[name] = torch.zeros_like(parameter, dtype=torch.float32)
-                hook = self._embedding_hook if parameter is embedding else _square_into
-                parameter.register_post_accumulate_grad_hook(partial(hook, self.squares[name]))
+    def _load_outside(self) -> None:
+        model = self.model
+        model.load_embedding_rows(self._tokens)
+        model.load_outside(skip={model.embedding, *({model.head} if model.head else model.parameters_of_head())})
+        for parameter in model.parameters(None).values():
+            parameter.requires_grad_(False)
 
-    def begin(self, sequence: int, ids: Tensor) -> None:
-        self._sequence, self._rows = sequence, ids.unique()
+    def _outside_wanted(self) -> list[str]:
+        """Parameters outside the blocks that are wanted."""
+        return list(wanted_parts(self.model.parts, self.model.outside, self.wanted, self.sink))
 
-    def means(self, samples: int) -> dict[str, Tensor]:
-        return {name: square.div_(samples) for name, square in self.squares.items()}
+    def _head_wanted(self) -> list[str]:
+        return [name for name in self._outside_wanted() if name in self.model.names_of_head]
 
-    def _embedding_hook(self, square: Tensor, parameter: Tensor) -> None:
-        gradient = _gradient(parameter)
-        rows = gradient[self._rows].float()
-        if self.at_input:
-            parameter.grad = None
-            if self._sequence in self._from_head:
-                rows += self._from_head.pop(self._sequence)
-            square.index_add_(0, self._rows, rows.square_())
-        else:
-            self._from_head[self._sequence] = rows
-            gradient[self._rows] = 0
-            _square_into(square, parameter)
+    def _last_hidden(self, size: int) -> list[Tensor]:
+        hidden = self.state.load("input", len(self.model.blocks))["hidden"]
+        return [group.to(self.model.device).requires_grad_() for group in hidden.split(size)]
 
+    @property
+    def _targets(self) -> Tensor:
+        return self.ids.to(self.model.device)[:, 1:]
 
-def _square_into(square: Tensor, parameter: Tensor) -> None:
-    """square += gradient^2, in float32, piece by piece; the gradient is freed."""
-    gradient = _gradient(parameter)
-    parameter.grad = None
-    for total, piece in zip(square.view(-1).split(_PIECE), gradient.reshape(-1).split(_PIECE), strict=True):
-        piece = piece.float()
-        total.addcmul_(piece, piece)
-
-
-def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    def _require_finite(self, values: Tensor, what: str) -> None:
+        for sequence, of_sequence in enumerate(values):
+            if not of_sequence.isfinite().all():
+                raise CheckpointError(
+                    f"model {self.model.base.id}: {what} is not finite in sequence {sequence} (computed in "
+                    f"{self.model.dtype}); try --fisher-compute-dtype float32"
+                )
 
 
 def _gradient(tensor: Tensor) -> Tensor:
     if tensor.grad is None:
         raise RuntimeError("backward left no gradient")  # a bug of ours: a detached input or parameter
     return tensor.grad
-
-
-def _require_finite(values: Tensor, model: BlockModel, what: str, sequence: int) -> None:
-    if not values.isfinite().all():
-        raise CheckpointError(
-            f"model {model.base.id}: {what} is not finite in sequence {sequence} (computed in {model.dtype}); "
-            "try --fisher-compute-dtype float32"
-        )

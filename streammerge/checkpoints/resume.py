@@ -1,0 +1,83 @@
+"""What an interrupted run left behind: the word of its journal, checked against its files.
+
+The lines of a journal, after the first one (the identity), in the order of their time:
+
+- `{"tensors": {name: entry}}`: these tensors are on disk, in shards that may not be finished.
+- `{"file", "bytes", "sha256", "tensors"}`: this shard is finished.
+- `{"redo": file}`: what the lines above say of this shard is void; it is made anew.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streammerge.checkpoints.layout import Shard
+
+Entry = dict[str, Any]
+
+
+@dataclass
+class Leftover:
+    """What an earlier run left.
+
+    Attributes:
+        finished: file -> line of every finished shard that is intact.
+        complete: file -> {tensor name: entry} of every other shard that holds complete tensors.
+        redo: the files that the journal speaks of but that cannot be trusted.
+    """
+
+    finished: dict[str, Entry] = field(default_factory=dict)
+    complete: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    redo: list[str] = field(default_factory=list)
+
+
+def find_leftover(lines: Iterable[Entry], shards: Sequence[Shard], work: Path, folder: Path) -> Leftover:
+    """Read a journal's lines. Finished shards may be in `folder` already, unfinished ones are in `work`."""
+    finished, complete = _replay(lines, shards)
+    left = Leftover()
+    for shard in shards:
+        file = shard.file
+        if file in finished:
+            if _is_intact(finished[file], shard, (work / file, folder / file)):
+                left.finished[file] = finished[file]
+            else:
+                left.redo.append(file)
+        elif complete[file]:
+            if _has_size(work / file, shard.size):
+                left.complete[file] = complete[file]
+            else:
+                left.redo.append(file)
+    return left
+
+
+def _replay(lines: Iterable[Entry], shards: Sequence[Shard]) -> tuple[dict[str, Entry], dict[str, dict[str, Entry]]]:
+    """The line of each finished shard, and the complete tensors by shard."""
+    file_of = {info.name: shard.file for shard in shards for info in shard.tensors}
+    finished: dict[str, Entry] = {}
+    complete: dict[str, dict[str, Entry]] = {shard.file: {} for shard in shards}
+    for line in lines:
+        if "redo" in line:
+            finished.pop(line["redo"], None)
+            complete[line["redo"]].clear()
+        elif "file" in line:
+            finished[line["file"]] = line
+        else:
+            for name, entry in line["tensors"].items():
+                complete[file_of[name]][name] = entry
+    return finished, complete
+
+
+def _is_intact(line: Mapping[str, Any], shard: Shard, places: Iterable[Path]) -> bool:
+    path = next((place for place in places if place.exists()), None)
+    return path is not None and _has_size(path, shard.size) and _sha256(path) == line["sha256"]
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.exists() and path.stat().st_size == size
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,169 @@
+"""The loss and its gradient, with the head walked in blocks of vocabulary rows.
+
+    loss_i = sum_t (log sum_v exp(l_tv) - l_t,target),    l = f(x W^T + b)
+
+f is what the model makes of its head's output element by element (a scale, a soft cap). The log-sum-exp and the
+gradient at x are accumulated row block by row block, rescaled whenever a larger logit turns up (as in flash
+attention), so that neither the whole head nor all logits are ever in memory, and the head is read once. With the
+head's own Fisher wanted it is read a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streammerge.checkpoints.buffers import as_bytes
+from streammerge.checkpoints.checkpoint import require_finite, torch_dtype
+from streammerge.fisher.blocks import BlockModel
+from streammerge.fisher.linear import product, product_back
+from streammerge.fisher.phases import Phases
+from streammerge.fisher.placement import HEAD_BYTES, SQUARES
+from streammerge.fisher.squares import Sink
+
+
+@dataclass
+class Scores:
+    """What the walk over the head gives.
+
+    Attributes:
+        losses: summed negative log-likelihood of each sequence, float64, in nats.
+        gradient: at the head's input x, [sequences, tokens, hidden], float32 or wider.
+        normaliser: log sum exp of every token's logits, [sequences, tokens].
+    """
+
+    losses: Tensor
+    gradient: Tensor
+    normaliser: Tensor
+
+
+@dataclass
+class InputGradients:
+    """Gradients that rows of a tied head get as token embeddings; the square is of the sum of both.
+
+    Attributes:
+        tokens: the sorted ids of all sequences.
+        gradients: [sequences, tokens, columns], zero for a token that is not in a sequence.
+    """
+
+    tokens: Tensor
+    gradients: Tensor
+
+    def add_to(self, start: int, gradients: Tensor) -> None:
+        """Add to gradients [sequences, rows, columns] of the rows from `start` on."""
+        here = ((self.tokens >= start) & (self.tokens < start + gradients.shape[1])).nonzero().flatten()
+        gradients[:, self.tokens[here] - start] += self.gradients[:, here]
+
+
+class HeadWalk:
+    """The head of a model over inputs x [sequences, tokens, hidden] and next tokens [sequences, tokens]."""
+
+    def __init__(self, model: BlockModel, inputs: Tensor, targets: Tensor, phases: Phases) -> None:
+        self.model, self.phases = model, phases
+        self.inputs, self.targets = inputs.detach(), targets
+        self._x, self._target = self.inputs.flatten(0, 1), targets.flatten()
+
+    def scores(self) -> Scores:
+        """One pass over the head: losses, gradient at x, normaliser."""
+        x, wide = self._x, torch.promote_types(self._x.dtype, torch.float32)
+        most = torch.full((len(x), 1), -torch.inf, dtype=wide, device=x.device)
+        total, right = torch.zeros_like(most), torch.zeros_like(most)
+        pulled = torch.zeros(x.shape, dtype=wide, device=x.device)  # sum of exp(l - most) f' W
+        pushed = torch.zeros_like(pulled)  # f' W of the right token
+        for start, weight, bias in self._rows():
+            raw, logits = self._logits(weight, bias)
+            values = logits.detach()
+            larger = torch.maximum(most, values.max(1, keepdim=True).values)
+            shrink = (most - larger).exp_()
+            odds = (values - larger).exp_()
+            (slope,) = torch.autograd.grad(logits, raw, odds, retain_graph=True)
+            total.mul_(shrink).add_(odds.sum(1, keepdim=True))
+            pulled.mul_(shrink).add_(product_back(slope, weight))
+            most = larger
+            here = ((self._target >= start) & (self._target < start + len(weight))).nonzero().flatten()
+            column = self._target[here] - start
+            chosen = torch.zeros_like(values)
+            chosen[here, column] = 1
+            (slope,) = torch.autograd.grad(logits, raw, chosen)
+            right[here, 0] = values[here, column]
+            pushed[here] = slope[here, column, None].to(wide) * weight[column].to(wide)
+        normaliser = most + total.log()
+        shape = self.targets.shape
+        return Scores(
+            losses=(normaliser - right).view(shape).double().sum(1),
+            gradient=pulled.div_(total).sub_(pushed).view(self.inputs.shape),
+            normaliser=normaliser.view(shape),
+        )
+
+    def squares(self, normaliser: Tensor, sink: Sink, wanted: set[str], tied: InputGradients | None) -> None:
+        """A second pass over the head, for its own Fisher: hand that of the wanted weight and bias to the sink."""
+        model, count = self.model, len(self.inputs)
+        assert model.head is not None
+        weight_name = model.parts[model.head][0].tensor.name
+        biases = [model.parts[name][0].tensor.name for name, leaf in model.names_of_head.items() if leaf == "bias"]
+        x = self.inputs.to(normaliser.dtype)
+        columns = x.shape[-1]
+        for start, weight, bias in self._rows():
+            raw, logits = self._logits(weight, bias)
+            excess = (logits.detach() - normaliser.view(-1, 1)).exp_()
+            here = ((self._target >= start) & (self._target < start + len(weight))).nonzero().flatten()
+            excess[here, self._target[here] - start] -= 1
+            (slope,) = torch.autograd.grad(logits, raw, excess)
+            slope = slope.to(x.dtype).view(count, -1, len(weight))
+            for name in wanted.intersection(biases):
+                sink.write(name, start, slope.sum(1).square_().mean(0))
+            step = max(1, SQUARES // (count * columns))
+            for row in range(0, len(weight) if weight_name in wanted else 0, step):
+                gradients = torch.bmm(slope[:, :, row : row + step].transpose(1, 2), x)
+                if tied is not None:
+                    tied.add_to(start + row, gradients)
+                sink.write(weight_name, (start + row) * columns, gradients.square_().mean(0))
+
+    def is_elementwise(self) -> bool:
+        """Whether the model treats each logit by itself, so that the vocabulary can be cut."""
+        _, weight, bias = next(self._rows())
+        raw = product(self._x, weight, bias)
+        half = len(weight) // 2
+        with torch.no_grad():
+            whole = self.model.after_head(raw)
+            return whole.shape == raw.shape and torch.equal(whole[:, :half], self.model.after_head(raw[:, :half]))
+
+    def _logits(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The head's own output for some rows, and the logits the model makes of it, with the graph between."""
+        raw = product(self._x, weight, bias).requires_grad_()
+        with torch.enable_grad():
+            logits = self.model.after_head(raw)
+            return raw, logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _rows(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+        """(first row, weights [some rows, hidden] as stored, bias) down the head, the next rows read meanwhile."""
+        model = self.model
+        assert model.head is not None
+        info = model.parts[model.head][0].tensor
+        bias = model.model.get_output_embeddings().bias
+        rows, columns = info.shape
+        width = info.nbytes // rows
+        step = max(1, HEAD_BYTES // width)
+
+        def read(start: int, buffer: Tensor) -> Tensor:
+            raw = buffer[: min(step, rows - start) * width]
+            with self.phases.time("read"):
+                model.base.read_into(info, start * width, as_bytes(raw))
+            self.phases.read(len(raw))
+            values = raw.view(torch_dtype(info.dtype)).view(-1, columns)
+            require_finite(values, info, model.base.id, "repair it: its Fisher cannot be measured")
+            return values
+
+        buffers = [torch.empty(step * width, dtype=torch.uint8) for _ in range(2)]
+        with ThreadPoolExecutor(1, "streammerge-read") as reader:
+            following = reader.submit(read, 0, buffers[0])
+            for number, start in enumerate(range(0, rows, step)):
+                values = following.result()
+                if start + step < rows:
+                    following = reader.submit(read, start + step, buffers[(number + 1) % 2])
+                part = None if bias is None else bias[start : start + step]
+                yield start, values.to(model.device), part

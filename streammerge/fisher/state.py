@@ -1,0 +1,59 @@
+"""What a Fisher pass needs to go on after an interruption: hidden states and gradients between the blocks."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from streammerge.checkpoints.output import transfer_errors
+
+_FILE = re.compile(r"(input|gradient|normaliser)-(\d+)\.safetensors$")
+
+
+class WalkState:
+    """A folder of small files, each whole or not there: `input-i` of block i, `gradient-i` at that input.
+
+    The last block's output is the input of a block that does not exist; so is its gradient.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with transfer_errors(folder, "cannot be prepared"):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def save(self, kind: str, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Durable when it returns."""
+        path = self._path(kind, index)
+        partial = path.with_suffix(".partial")
+        with transfer_errors(path, "cannot be written"):
+            with partial.open("wb") as file:
+                file.write(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+
+    def load(self, kind: str, index: int) -> dict[str, Tensor]:
+        with transfer_errors(self._path(kind, index), "cannot be read"):
+            # clones are aligned like any tensor: matrix products round by alignment on some processors
+            return {name: tensor.clone() for name, tensor in load(self._path(kind, index).read_bytes()).items()}
+
+    def forget(self, kind: str, index: int) -> None:
+        self._path(kind, index).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        for kind in ("input", "gradient", "normaliser"):
+            for index in self.indices(kind):
+                self.forget(kind, index)
+
+    def indices(self, kind: str) -> list[int]:
+        """The numbers of the files of a kind that are there, in order."""
+        matches = (_FILE.match(path.name) for path in self.folder.iterdir())
+        return sorted(int(match[2]) for match in matches if match and match[1] == kind)
+
+    def _path(self, kind: str, index: int) -> Path:
+        return self.folder / f"{kind}-{index:04}.safetensors"
