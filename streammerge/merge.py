@@ -39,7 +39,7 @@ def merge(
 ) -> dict[str, Any]:
     """Merge fine-tuned models into a base model and write a checkpoint that transformers loads.
 
-    Interrupted, the same call goes on behind the last finished shard.
+    Interrupted, the same call goes on behind the last finished tensor, or decoder block of the Fisher.
 
     Args:
         recipe: what to merge; a mapping is read as one, with the keys of `Recipe`.

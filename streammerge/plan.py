@@ -15,7 +15,8 @@ from streammerge.checkpoints.layout import Shard, plan_shards
 from streammerge.checkpoints.locate import open_model
 from streammerge.compatibility import Match, match_experts, refuse_quantised
 from streammerge.errors import RecipeError
-from streammerge.fisher.placement import FisherRun, place
+from streammerge.fisher import place
+from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import STORED_AS, FisherRecord, FisherSettings, open_fisher
 from streammerge.methods.api import Method, TensorContext, Unit
 from streammerge.recipe import Recipe, Resolved, make_recipe, resolve_method

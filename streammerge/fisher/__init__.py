@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-from streammerge.checkpoints.checkpoint import Checkpoint
+from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
 from streammerge.checkpoints.locate import open_model, require_pinned
-from streammerge.fisher.placement import FisherRun
+from streammerge.fisher.placement import CUDA_BYTES, IMPORT_BYTES, FisherRun, default_device, fisher_memory
 from streammerge.fisher.store import FisherRecord, FisherSettings
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -65,3 +66,51 @@ def fisher(
         return measure(
             base, Path(out), settings, run, max_shard_bytes=max_shard_bytes, overwrite=overwrite, progress=progress
         )
+
+
+@dataclass(frozen=True)
+class FisherPlacement:
+    """What `plan` says of a Fisher pass.
+
+    Attributes:
+        device: its name.
+        stay: how many blocks stay on the device, of how many.
+        blocks: how many blocks there are.
+        device_bytes: expected peak on a GPU; 0 on the CPU.
+        host_bytes: expected peak of the process.
+        bytes_to_read: from the base's files.
+    """
+
+    device: str
+    stay: int
+    blocks: int
+    device_bytes: int
+    host_bytes: int
+    bytes_to_read: int
+
+
+def place(base: Checkpoint, settings: FisherSettings, run: FisherRun) -> FisherPlacement:
+    """What `plan` says of a pass that is yet to come.
+
+    Raises:
+        MemoryBudgetError: the GPU's budget is too small, with the smallest that works.
+        RecipeError: a device, or a device map, that is none.
+    """
+    memory = fisher_memory(base, settings)
+    prefix = decoder_prefix(base.tensors)
+    numbers = {number for name in base.tensors if (number := block_index(name, prefix)) is not None}
+    sizes = sum(info.nbytes for name, info in base.tensors.items() if block_index(name, prefix) is not None)
+    outside = sum(info.nbytes for info in base.tensors.values()) - sizes
+    name = run.device or default_device()
+    stay: frozenset[int] = frozenset()
+    if name != "cpu" or run.device_map != "auto":
+        from streammerge.fisher.device_map import blocks_that_stay
+        from streammerge.fisher.measure import build_model  # imports torch and transformers
+
+        model, where = build_model(base, settings, run)
+        stay = blocks_that_stay(model, settings, where, run)
+    resident = sum(info.nbytes for n, info in base.tensors.items() if block_index(n, prefix) in stay)
+    on_device = memory.streamed + resident
+    host = IMPORT_BYTES + (on_device if name == "cpu" else CUDA_BYTES + 2 * memory.block)
+    to_read = outside + 2 * sizes - resident
+    return FisherPlacement(name, len(stay), len(numbers), 0 if name == "cpu" else on_device, host, to_read)

@@ -50,9 +50,7 @@ class Factors:
     def mean_squares(self, samples: int, rows: range) -> Iterator[tuple[int, Tensor]]:
         """(first row, mean of squared gradients [some rows, columns]) down the rows, in float32 or wider."""
         wide = torch.promote_types(self.groups[0][0].dtype, torch.float32)
-        groups = [
-            (gradient.to(wide).transpose(1, 2).contiguous(), inputs.to(wide)) for gradient, inputs in self.groups
-        ]
+        groups = [(gradient.to(wide).transpose(1, 2).contiguous(), inputs.to(wide)) for gradient, inputs in self.groups]
         most = max(len(inputs) for _, inputs in groups)
         step = min(len(rows), max(1, SQUARES // (most * self.columns)))
         buffer = torch.empty(most * step * self.columns, dtype=wide, device=groups[0][0].device)

@@ -23,8 +23,9 @@ from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.compatibility import refuse_quantised
 from streammerge.errors import CheckpointError, MemoryBudgetError, RecipeError
 from streammerge.fisher.blocks import BlockModel
+from streammerge.fisher.device_map import blocks_that_stay
 from streammerge.fisher.phases import Phases
-from streammerge.fisher.placement import FisherRun, blocks_that_stay, default_device
+from streammerge.fisher.placement import FisherRun, default_device
 from streammerge.fisher.probes import probe_tokens
 from streammerge.fisher.state import WalkState
 from streammerge.fisher.store import (
@@ -175,7 +176,7 @@ class _FisherSink:
 
     def write(self, name: str, start: int, values: Tensor) -> None:
         with self._phases.time("write"):
-            self._sums.setdefault(name, []).append(values.sum(dtype=torch.float64).item())
+            self._sums.setdefault(name, []).append(values.sum(-1).sum(dtype=torch.float64).item())
             self._most[name] = max(self._most.get(name, 0.0), values.max().item() if values.numel() else 0.0)
             stored = values.to(self._dtype).to("cpu").contiguous()
             self._writer.write(name, start * self._dtype.itemsize, as_bytes(stored))

@@ -43,7 +43,7 @@ class BaseIdentity(Strict):
 
 
 class TensorFisher(Strict):
-    """Mean and maximum of one tensor's Fisher, from float32 accumulators, the mean in float64."""
+    """Mean and maximum of one tensor's Fisher before it is rounded for storage; sums over rows run in float64."""
 
     block: int | None
     numel: int
@@ -66,13 +66,15 @@ class FisherRecord(Strict):
     version: str
     base: BaseIdentity
     settings: FisherSettings
-    probe: str = Field(description="SHA-256 of the token ids")
+    probe: str = Field("", description="SHA-256 of the token ids")
     loss: float = Field(description="summed negative log-likelihood, mean over the sequences, in nats")
     device: str
     blocks: list[BlockFisher]
     tensors: dict[str, TensorFisher]
-    unreached: list[str] = Field(description="tensors of experts that no token reached, in whole or in part")
-    notes: list[str] = Field(description="what a user should know")
+    unreached: list[str] = Field(
+        default_factory=list, description="tensors of experts that no token reached, in whole or in part"
+    )
+    notes: list[str] = Field(default_factory=list, description="what a user should know")
     files: list[str] = Field(description="every file of the Fisher, so that --overwrite can replace it")
 
     @property

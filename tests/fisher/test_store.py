@@ -35,9 +35,6 @@ def record(base: Checkpoint, **values: object) -> FisherRecord:
         files=[],
         loss=1.0,
         device="cpu",
-        probe="",
-        unreached=[],
-        notes=[],
         blocks=[],
         tensors={NAME: TensorFisher(block=0, numel=6, mean=1.0, max=1.0)},
     )
