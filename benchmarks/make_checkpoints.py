@@ -174,8 +174,8 @@ def make_pair(
         raise RecipeError(f"unknown shape {shape!r}; there are {', '.join(SHAPES)}")
     if unknown := {dtype, ft_dtype} - {*DTYPES}:
         raise RecipeError(f"unknown dtype {min(unknown)!r}; there are {', '.join(DTYPES)}")
-    if experts < 1 or seed < 0:
-        raise RecipeError(f"experts must be at least 1 and the seed not negative, not {experts} and {seed}")
+    if experts < 0 or seed < 0:
+        raise RecipeError(f"experts and seed must not be negative, not {experts} and {seed}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputExistsError(f"output {folder} is not an empty folder: choose another --out or remove it")
     shape = SHAPES[shape] if isinstance(shape, str) else shape
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("shape", choices=SHAPES, help="the model's shape")
     add("--out", dest="folder", required=True, metavar="FOLDER", help="gets base, ft, ft2, ...; must be empty")
-    add("--experts", type=int, default=1, metavar="N", help="how many fine-tunes (%(default)s)")
+    add("--experts", type=int, default=1, metavar="N", help="how many fine-tunes, 0: the base alone (%(default)s)")
     add("--tie", action=argparse.BooleanOptionalAction, help="embeddings of the base (the shape's own)")
     add("--ft-tie", action="store_true", default=None, help="tied embeddings in the fine-tunes (the shape's own)")
     add("--ft-no-tie", dest="ft_tie", action="store_false", default=None, help="lm_head.weight in the fine-tunes")

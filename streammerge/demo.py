@@ -18,11 +18,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from streammerge.checkpoints.output import check_output
-from streammerge.engine import single_threaded_torch
 from streammerge.errors import OutputExistsError, TransferError
 from streammerge.merge import merge
 from streammerge.progress import progress_bar
 from streammerge.report import block_rows, table
+from streammerge.workers import single_threaded_torch
 
 MARKER = ".streammerge-demo"
 SUMS = [(a, b) for a in range(10) for b in range(10)]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from threading import Event, Lock
 from typing import Any
 
@@ -20,6 +19,7 @@ from streammerge.methods.api import Method, RowBlock, TensorContext, Unit
 from streammerge.plan import MergePlan
 from streammerge.progress import progress_bar
 from streammerge.stream import Input, Inputs, RowReader
+from streammerge.workers import single_threaded_torch
 
 
 class Engine:
@@ -135,17 +135,6 @@ class Engine:
                     f"these models cannot be merged into {self.plan.base.id}:",
                     [f"{source.model.id}: tensor {block.tensor.name!r} ({block.tensor.dtype}) holds other values"],
                 )
-
-
-@contextmanager
-def single_threaded_torch() -> Iterator[None]:
-    """One torch thread per worker: the workers are the parallelism, and sums are cut the same way always."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _scalars(report: Mapping[str, Any]) -> dict[str, Any]:

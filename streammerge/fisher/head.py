@@ -24,6 +24,7 @@ from streammerge.fisher.linear import product, product_back
 from streammerge.fisher.phases import Phases
 from streammerge.fisher.placement import HEAD_BYTES, SQUARES
 from streammerge.fisher.squares import Sink
+from streammerge.workers import Workers
 
 
 @dataclass
@@ -62,8 +63,8 @@ class InputGradients:
 class HeadWalk:
     """The head of a model over inputs x [sequences, tokens, hidden] and next tokens [sequences, tokens]."""
 
-    def __init__(self, model: BlockModel, inputs: Tensor, targets: Tensor, phases: Phases) -> None:
-        self.model, self.phases = model, phases
+    def __init__(self, model: BlockModel, inputs: Tensor, targets: Tensor, phases: Phases, workers: Workers) -> None:
+        self.model, self.phases, self.workers = model, phases, workers
         self.inputs, self.targets = inputs.detach(), targets
         self._x, self._target = self.inputs.flatten(0, 1), targets.flatten()
 
@@ -82,7 +83,7 @@ class HeadWalk:
             odds = (values - larger).exp_()
             (slope,) = torch.autograd.grad(logits, raw, odds, retain_graph=True)
             total.mul_(shrink).add_(odds.sum(1, keepdim=True))
-            pulled.mul_(shrink).add_(product_back(slope, weight))
+            pulled.mul_(shrink).add_(product_back(slope, weight, self.workers))
             most = larger
             here = ((self._target >= start) & (self._target < start + len(weight))).nonzero().flatten()
             column = self._target[here] - start
@@ -126,7 +127,7 @@ class HeadWalk:
     def is_elementwise(self) -> bool:
         """Whether the model treats each logit by itself, so that the vocabulary can be cut."""
         _, weight, bias = next(self._rows())
-        raw = product(self._x, weight, bias)
+        raw = product(self._x, weight, bias, self.workers)
         half = len(weight) // 2
         with torch.no_grad():
             whole = self.model.after_head(raw)
@@ -134,7 +135,7 @@ class HeadWalk:
 
     def _logits(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """The head's own output for some rows, and the logits the model makes of it, with the graph between."""
-        raw = product(self._x, weight, bias).requires_grad_()
+        raw = product(self._x, weight, bias, self.workers).requires_grad_()
         with torch.enable_grad():
             logits = self.model.after_head(raw)
             return raw, logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -5,7 +5,7 @@ output and inputs, one row per token. So the backward pass keeps those two, and 
 
     F = (1/N) sum_i (G_i^T X_i)^2
 
-is formed row block by row block in cache. No gradient of a weight ever exists as a whole.
+is formed block by block in cache. No gradient of a weight ever exists as a whole.
 """
 
 from __future__ import annotations
@@ -23,9 +23,15 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from streammerge.fisher.placement import SQUARES
+from streammerge.fisher.recall import Recall
+from streammerge.workers import Workers
 
+_SQUARES = {"cpu": (256, 1536)}  # rows and columns of a gradient formed at a time; these stay in cache
+_SQUARES_ON_GPU = (4096, 8192)
 _TILE = 3 << 19  # weight elements converted at a time: a few MiB in float32, which stay in the last-level cache
+
+
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm)
 
 
 class MixedSequencesError(Exception):
@@ -47,24 +53,29 @@ class Factors:
     columns: int
     groups: list[tuple[Tensor, Tensor]]
 
-    def mean_squares(self, samples: int, rows: range) -> Iterator[tuple[int, Tensor]]:
-        """(first row, mean of squared gradients [some rows, columns]) down the rows, in float32 or wider."""
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of the gradient that are formed at a time."""
+        return _SQUARES.get(self.groups[0][0].device.type, _SQUARES_ON_GPU)
+
+    def widened(self) -> Factors:
+        """The same in float32 or wider."""
         wide = torch.promote_types(self.groups[0][0].dtype, torch.float32)
-        groups = [(gradient.to(wide).transpose(1, 2).contiguous(), inputs.to(wide)) for gradient, inputs in self.groups]
-        most = max(len(inputs) for _, inputs in groups)
-        step = min(len(rows), max(1, SQUARES // (most * self.columns)))
-        buffer = torch.empty(most * step * self.columns, dtype=wide, device=groups[0][0].device)
-        total = torch.empty(step, self.columns, dtype=wide, device=buffer.device)
-        for row in rows[::step]:
-            stop = min(row + step, rows.stop)
-            sums = total[: stop - row].zero_()
-            for gradient, inputs in groups:
-                count = len(inputs) * (stop - row) * self.columns
-                squares = buffer[:count].view(len(inputs), stop - row, self.columns)
-                torch.bmm(gradient[:, row:stop], inputs, out=squares)
-                for of_sequence in squares:
-                    sums.addcmul_(of_sequence, of_sequence)
-            yield row, sums.div_(samples)
+        groups = [(gradient.to(wide), inputs.to(wide)) for gradient, inputs in self.groups]
+        return Factors(self.start, self.rows, self.columns, groups)
+
+    def mean_squares(self, rows: range, samples: int, workers: Workers) -> Tensor:
+        """Mean of squared gradients of some rows, [rows, columns], of widened factors; in scratch memory."""
+        like, step = self.groups[0][1], self.tile[1]
+        total = workers.scratch("total", like, len(rows), self.columns).zero_()
+        for gradients, inputs in self.groups:
+            for left, right in zip(gradients[:, :, rows.start : rows.stop].mT, inputs, strict=True):
+                for some in range(0, self.columns, step):
+                    columns = slice(some, min(some + step, self.columns))
+                    piece = workers.scratch("piece", like, len(rows), columns.stop - columns.start)
+                    torch.mm(left, right[:, columns], out=piece)
+                    total[:, columns].addcmul_(piece, piece)
+        return total.div_(samples)
 
 
 class LinearFunctions(TorchFunctionMode):
@@ -75,12 +86,14 @@ class LinearFunctions(TorchFunctionMode):
 
     Args:
         weights: parameter name -> parameter, in memory.
+        workers: share the products on the CPU.
+        recall: remembers results from the forward pass for the backward one; None: they are computed again.
 
     Attributes:
         factors: parameter name -> what its linear functions left in the backward passes of all groups.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor], workers: Workers, recall: Recall | None = None) -> None:
         super().__init__()
         spans = sorted(
             (weight.data_ptr(), weight.data_ptr() + weight.numel() * weight.element_size(), name)
@@ -88,7 +101,7 @@ class LinearFunctions(TorchFunctionMode):
             if weight.dim() > 1 and weight.numel()
         )
         self._starts = [start for start, _, _ in spans]
-        self._spans = spans
+        self._spans, self._workers, self._recall = spans, workers, recall
         self._sequences, self._tokens = 1, 0
         self._calls: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
         self.factors: dict[str, list[Factors]] = {}
@@ -116,8 +129,14 @@ class LinearFunctions(TorchFunctionMode):
             key = self._find(weight)
             if key is not None:
                 self._require_apart(inputs)
+                known = self._recall.get() if self._recall and torch.is_grad_enabled() else None
                 keep = partial(self._keep, key)
-                return _Linear.apply(inputs, weight.detach(), bias, keep)  # type: ignore[no-untyped-call]
+                out = _Linear.apply(inputs, weight.detach(), bias, known, keep, self._workers)  # type: ignore[no-untyped-call]
+                if self._recall and not torch.is_grad_enabled():
+                    self._recall.put(out)
+                return out
+        if func in _PRODUCTS and not kwargs and _is_slow(args[0]):
+            return func(*(_wide(side) for side in args)).to(args[0].dtype)
         return func(*args, **(kwargs or {}))
 
     def _find(self, weight: Tensor) -> tuple[str, int] | None:
@@ -141,20 +160,29 @@ class _Linear(torch.autograd.Function):
     """x W^T + b with W in any floating dtype; W gets no gradient, its factors go to `keep`."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, keep: Callable[..., None]) -> Tensor:
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        known: Tensor | None,
+        keep: Callable[..., None],
+        workers: Workers,
+    ) -> Tensor:
         ctx.save_for_backward(inputs)
-        ctx.weight, ctx.keep, ctx.bias = weight, keep, bias is not None and bias.requires_grad
-        return product(inputs, weight, bias)
+        ctx.weight, ctx.keep, ctx.workers = weight, keep, workers
+        ctx.bias = bias is not None and bias.requires_grad
+        return product(inputs, weight, bias, workers) if known is None else known
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (inputs,) = gradients, ctx.saved_tensors
         ctx.keep(gradient, inputs)
         bias = gradient.flatten(0, -2).sum(0) if ctx.bias else None
-        return product_back(gradient, ctx.weight), None, bias, None
+        return product_back(gradient, ctx.weight, ctx.workers), None, bias, None, None, None
 
 
-def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(inputs: Tensor, weight: Tensor, bias: Tensor | None, workers: Workers) -> Tensor:
     """inputs [..., columns] times weight [rows, columns] transposed, in the dtype of the inputs.
 
     A weight in another dtype, or a half-precision one on a processor without matrix units for it, is converted to
@@ -162,34 +190,49 @@ def product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     """
     if _direct(inputs, weight):
         return functional.linear(inputs, weight.to(inputs.dtype), bias)
-    wide = torch.promote_types(inputs.dtype, torch.float32)
-    x = inputs.reshape(-1, inputs.shape[-1]).to(wide)
+    x = _wide(inputs.reshape(-1, inputs.shape[-1]))
     out = inputs.new_empty(len(x), len(weight))
-    for rows in _tiles(weight):
-        part = x @ weight[rows].to(wide).T
-        out[:, rows] = part if bias is None else part.add_(bias[rows])
+
+    def some_rows(rows: slice) -> None:
+        part = weight[rows]
+        converted = workers.scratch("weight", x, *part.shape).copy_(part)
+        found = torch.mm(x, converted.T, out=workers.scratch("product", x, len(x), len(part)))
+        out[:, rows] = found if bias is None else found.add_(bias[rows])
+
+    workers.run(some_rows, _tiles(len(weight), weight.shape[1]))
     return out.view(*inputs.shape[:-1], len(weight))
 
 
-def product_back(gradient: Tensor, weight: Tensor) -> Tensor:
+def product_back(gradient: Tensor, weight: Tensor, workers: Workers) -> Tensor:
     """gradient [..., rows] times weight [rows, columns], in the dtype of the gradient."""
     if _direct(gradient, weight):
         return gradient @ weight.to(gradient.dtype)
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    g = gradient.reshape(-1, gradient.shape[-1])
-    out = torch.zeros(len(g), weight.shape[1], dtype=wide, device=g.device)
-    for rows in _tiles(weight):
-        out.addmm_(g[:, rows].to(wide), weight[rows].to(wide))
-    return out.to(gradient.dtype).view(*gradient.shape[:-1], weight.shape[1])
+    g = _wide(gradient.reshape(-1, gradient.shape[-1]))
+    out = gradient.new_empty(len(g), weight.shape[1])
+
+    def some_columns(columns: slice) -> None:
+        part = weight[:, columns]
+        converted = workers.scratch("weight", g, *part.shape).copy_(part)
+        out[:, columns] = torch.mm(g, converted, out=workers.scratch("product", g, len(g), part.shape[1]))
+
+    workers.run(some_columns, _tiles(weight.shape[1], len(weight)))
+    return out.view(*gradient.shape[:-1], weight.shape[1])
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _direct(values: Tensor, weight: Tensor) -> bool:
-    """Whether the device multiplies in this dtype faster than after a conversion."""
-    if values.device.type != "cpu":
-        return True
-    if values.dtype in (torch.float32, torch.float64):
-        return weight.dtype == values.dtype
-    return weight.dtype == values.dtype and values.dtype == torch.bfloat16 and _has_bfloat16_units()
+    """Whether the device multiplies these as they are, faster than after a conversion."""
+    return values.device.type != "cpu" or (values.dtype == weight.dtype and not _is_slow(values))
+
+
+def _is_slow(values: Tensor) -> bool:
+    """Whether the device has no fast products in the dtype of the values, so that they are made in float32."""
+    if values.device.type != "cpu" or values.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return values.dtype == torch.float16 or not _has_bfloat16_units()
 
 
 @cache
@@ -201,10 +244,10 @@ def _has_bfloat16_units() -> bool:
         return False
 
 
-def _tiles(weight: Tensor) -> Iterator[slice]:
-    rows, columns = weight.shape
-    step = max(1, _TILE // max(columns, 1))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+def _tiles(count: int, length: int) -> list[slice]:
+    """`count` rows (or columns) of that length, cut into pieces of a size that stays in cache when converted."""
+    step = max(1, _TILE // max(length, 1))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Set
 from functools import partial
+from threading import Lock
 from typing import Protocol
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from streammerge.errors import CheckpointError
 from streammerge.fisher.linear import Factors
 from streammerge.fisher.names import Part
+from streammerge.workers import Workers
 
 _PIECE = 1 << 20  # elements squared at a time, so that float32 copies stay small
 
@@ -23,8 +26,8 @@ class Sink(Protocol):
     def has(self, name: str) -> bool:
         """Whether an earlier run has finished the tensor."""
 
-    def write(self, name: str, start: int, values: Tensor) -> None:
-        """Final values of the tensor's elements from the flat index `start` on, in float32 or wider."""
+    def write(self, name: str, start: int, values: Tensor) -> float:
+        """Final values of the tensor's elements from the flat index `start` on; returns their sum. From any thread."""
 
     def done(self, name: str, reached: bool = True) -> None:
         """All of the tensor's elements are written; whether all of them got a gradient from some token."""
@@ -77,6 +80,7 @@ def emit(
     sums: Mapping[str, Tensor],
     samples: int,
     sink: Sink,
+    workers: Workers,
     id: str,
 ) -> None:
     """Hand the Fisher of every tensor among the parts to the sink.
@@ -95,39 +99,51 @@ def emit(
             f"model {id}: parameter {twice[0]!r} is used in a linear function and in another way, so its Fisher cannot "
             "be measured"
         )
-    means = _Means()
-    missing: list[tuple[str, list[tuple[int, int]]]] = []
+    reached = _Reached()
+    missing: list[tuple[str, list[range]]] = []
     for parameter, pieces in parts.items():
+        wide = [factor.widened() for factor in factors.get(parameter, ())]
         for part in pieces:
-            name, stop = part.tensor.name, part.start + part.tensor.numel
+            name, count = part.tensor.name, part.tensor.numel
             if parameter in sums:
-                values = sums[parameter].view(-1)[part.start : stop] / samples
-                sink.write(name, 0, values)
-                means.add(name, values)
+                values = sums[parameter].view(-1)[part.start : part.start + count] / samples
+                reached.add(name, sink.write(name, 0, values), count)
                 sink.done(name)
                 continue
-            reached = part.start
-            gaps: list[tuple[int, int]] = []
-            for factor in sorted(factors.get(parameter, ()), key=lambda factor: factor.start):
-                low, high = max(part.start, factor.start), min(stop, factor.start + factor.rows * factor.columns)
-                if low >= high:
-                    continue
-                gaps += [(reached - part.start, low - part.start)] if low > reached else []
-                rows = range((low - factor.start) // factor.columns, (high - factor.start) // factor.columns)
-                for row, values in factor.mean_squares(samples, rows):
-                    sink.write(name, factor.start + row * factor.columns - part.start, values)
-                    means.add(name, values)
-                reached = high
-            gaps += [(reached - part.start, stop - part.start)] if stop > reached else []
+            gaps = [range(count)]
+            for factor in wide:
+                gaps = _write_rows(part, factor, gaps, samples, sink, workers, reached)
             if gaps:
                 missing.append((name, gaps))
             else:
                 sink.done(name)
     for name, gaps in missing:
-        for start, stop in gaps:
-            for position in range(start, stop, _PIECE):
-                sink.write(name, position, torch.full((min(_PIECE, stop - position),), means.of(name)))
+        for gap in gaps:
+            for start in gap[::_PIECE]:
+                sink.write(name, start, torch.full((min(_PIECE, gap.stop - start),), reached.mean(name)))
         sink.done(name, reached=False)
+
+
+def _write_rows(
+    part: Part, factor: Factors, gaps: list[range], samples: int, sink: Sink, workers: Workers, reached: _Reached
+) -> list[range]:
+    """Write what a linear function gave for its rows of a tensor; returns what of `gaps` is left."""
+    columns = factor.columns
+    low = max(part.start, factor.start)
+    high = min(part.start + part.tensor.numel, factor.start + factor.rows * columns)
+    if low >= high:
+        return gaps
+
+    def write(first: int) -> None:
+        rows = range(first, min(first + factor.tile[0], (high - factor.start) // columns))
+        values = factor.mean_squares(rows, samples, workers)
+        start = factor.start + first * columns - part.start
+        reached.add(part.tensor.name, sink.write(part.tensor.name, start, values), values.numel())
+
+    workers.run(write, range((low - factor.start) // columns, (high - factor.start) // columns, factor.tile[0]))
+    done = range(low - part.start, high - part.start)
+    left = [(range(gap.start, min(gap.stop, done.start)), range(max(gap.start, done.stop), gap.stop)) for gap in gaps]
+    return [piece for pieces in left for piece in pieces if piece]
 
 
 def wanted_parts(
@@ -141,19 +157,21 @@ def wanted_parts(
     return {name: left for name, left in found.items() if left}
 
 
-class _Means:
+class _Reached:
     """Mean over what was reached, per projection: tensors whose names differ in numbers alone."""
 
     def __init__(self) -> None:
-        self._totals: dict[str, tuple[float, int]] = {}
+        self._sums: dict[str, list[float]] = {}
+        self._counts: dict[str, int] = {}
+        self._lock = Lock()
 
-    def add(self, name: str, values: Tensor) -> None:
-        total, count = self._totals.get(_kind(name), (0.0, 0))
-        self._totals[_kind(name)] = (total + values.sum(dtype=torch.float64).item(), count + values.numel())
+    def add(self, name: str, total: float, count: int) -> None:
+        with self._lock:
+            self._sums.setdefault(_kind(name), []).append(total)
+            self._counts[_kind(name)] = self._counts.get(_kind(name), 0) + count
 
-    def of(self, name: str) -> float:
-        total, count = self._totals.get(_kind(name), (0.0, 0))
-        return total / count if count else 0.0
+    def mean(self, name: str) -> float:
+        return math.fsum(self._sums.get(_kind(name), ())) / max(self._counts.get(_kind(name), 0), 1)
 
 
 def _kind(name: str) -> str:

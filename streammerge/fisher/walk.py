@@ -24,8 +24,10 @@ from streammerge.fisher.head import HeadWalk, InputGradients
 from streammerge.fisher.linear import Factors, LinearFunctions, MixedSequencesError
 from streammerge.fisher.phases import Phases
 from streammerge.fisher.placement import GROUP_TOKENS
+from streammerge.fisher.recall import Recall
 from streammerge.fisher.squares import GradientSquares, Sink, emit, wanted_parts
 from streammerge.fisher.state import WalkState
+from streammerge.workers import Workers
 
 _ZEROS = 1 << 20  # elements
 
@@ -40,6 +42,7 @@ class Walk:
         wanted: tensor names to measure.
         sink: takes the Fisher, block after block from the last to the first, then what lies outside them.
         state: what an earlier walk over the same ids left, and what this one will.
+        workers: share the work on the CPU.
         stay: blocks that stay on the device between forward and backward.
         advance: called once per step: every block forward, the head, every block backward.
         phases: takes the time.
@@ -54,6 +57,7 @@ class Walk:
     wanted: Set[str]
     sink: Sink
     state: WalkState
+    workers: Workers
     stay: Collection[int] = ()
     advance: Callable[[int], object] = lambda steps: None
     phases: Phases = field(default_factory=Phases)
@@ -61,6 +65,7 @@ class Walk:
     def __post_init__(self) -> None:
         self.losses: Tensor = torch.empty(0)
         self.notes: list[str] = []
+        self._recall: Recall | None = None
         self._tokens, local = self.ids.unique(return_inverse=True)  # sorted, and each id's place among them
         self._local = local.to(self.model.device)
 
@@ -94,7 +99,11 @@ class Walk:
         end = walked[0] if walked else last
         self.advance(begin + (1 + last - end if walked else 0))
         order = [*range(begin, last), *reversed(range(end))]
-        with BlockFeed(model.base, model.layouts, order, model.device, self.stay, self.phases) as feed:
+        with (
+            BlockFeed(model.base, model.layouts, order, model.device, self.stay, self.phases) as feed,
+            Recall(self.state.folder) as recall,
+        ):
+            self._recall = recall if model.device.type == "cpu" else None  # a GPU computes faster than a disk reads
             for index in range(begin, last):
                 self._forward(feed, index, recordings, size)
             if not walked:
@@ -108,7 +117,7 @@ class Walk:
     def _forward(self, feed: BlockFeed, index: int, recordings: list[Recording], size: int) -> None:
         hidden = self.state.load("input", index)["hidden"].split(size)
         block = self.model.install(*feed.take())
-        linear = LinearFunctions(self.model.parameters(index))
+        linear = self._linear(index)
         outputs = []
         with self.phases.time("forward"), torch.no_grad():
             for recording, inputs in zip(recordings, hidden, strict=True):
@@ -121,6 +130,11 @@ class Walk:
         with self.phases.time("state"):
             self.state.save("input", index + 1, {"hidden": output})
         self.advance(1)
+
+    def _linear(self, index: int) -> LinearFunctions:
+        if self._recall is not None:
+            self._recall.begin(index)
+        return LinearFunctions(self.model.parameters(index), self.workers, self._recall)
 
     def _head(self, recordings: list[Recording], size: int, squares: GradientSquares) -> None:
         last = len(self.model.blocks)
@@ -140,7 +154,7 @@ class Walk:
         if self.model.head is None:
             return None
         given = [self.model.before_head(hidden) for hidden in groups]
-        walk = HeadWalk(self.model, torch.cat(given)[:, :-1], self._targets, self.phases)
+        walk = HeadWalk(self.model, torch.cat(given)[:, :-1], self._targets, self.phases, self.workers)
         return (given, walk) if walk.is_elementwise() else None
 
     def _streamed_head(self, groups: list[Tensor], given: list[Tensor], walk: HeadWalk) -> Tensor:
@@ -164,7 +178,7 @@ class Walk:
                 "no Fisher: leave out --all-parameters"
             )
         model.load_head()
-        linear = LinearFunctions(model.parameters_of_head())
+        linear = LinearFunctions(model.parameters_of_head(), self.workers)
         squares = GradientSquares({name: model.parameters_of_head()[name] for name in wanted}, 1, model.base.id)
         losses: list[Tensor] = []
         for hidden in groups:
@@ -185,7 +199,7 @@ class Walk:
         gradients = carried["gradient"].split(size)
         block = model.install(*feed.take())
         parameters = model.parameters(index)
-        linear = LinearFunctions(parameters)
+        linear = self._linear(index)
         mine = wanted_parts(model.parts, parameters, self.wanted, self.sink)
         squares = GradientSquares({name: parameters[name] for name in mine}, size, model.base.id)
         handed_on = []
@@ -250,7 +264,7 @@ class Walk:
 
     def _emit(self, names: Iterable[str], factors: Mapping[str, list[Factors]], sums: Mapping[str, Tensor]) -> None:
         parts = wanted_parts(self.model.parts, names, self.wanted, self.sink)
-        emit(parts, factors, sums, len(self.ids), self.sink, self.model.base.id)
+        emit(parts, factors, sums, len(self.ids), self.sink, self.workers, self.model.base.id)
         self.sink.sync()
 
     def _load_outside(self) -> None:
