@@ -12,9 +12,10 @@ from streammerge._version import __version__
 from streammerge.budget import DEFAULT_MAX_RAM
 from streammerge.checkpoints.checkpoint import CARD_FILE, MANIFEST_FILE, Checkpoint
 from streammerge.checkpoints.locate import require_pinned
-from streammerge.checkpoints.output import check_output
+from streammerge.checkpoints.output import WORK_DIR, check_output
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.errors import CheckpointError, RecipeError
+from streammerge.fisher import check as check_fisher
 from streammerge.fisher import fisher as measure_fisher
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FISHER_FILE, FisherRecord, check_same_base, open_fisher
@@ -77,11 +78,19 @@ def merge(
         if save_fisher is not None and not (Path(save_fisher) / FISHER_FILE).is_file():
             check_output(Path(save_fisher), [job.base.folder, out], overwrite=False)
         identity = {"version": __version__, "recipe": resolved_recipe(job), "sources": sources}
+        fisher = Path(save_fisher) if save_fisher is not None else out / WORK_DIR / "fisher"
+        measures = job.method.needs_fisher and job.fisher is None
+        if measures and save_fisher is not None and (fisher / FISHER_FILE).is_file():
+            job.fisher = _left_fisher(job, fisher, sources[0]["fingerprint"])
+            stack.enter_context(job.fisher[0])
+        elif measures:
+            check_fisher(job.base, job.recipe.fisher, run)
         writer = stack.enter_context(CheckpointWriter(out, job.shards, identity, fresh=overwrite))
         try:
-            if job.method.needs_fisher and job.fisher is None:
-                folder = Path(save_fisher) if save_fisher else writer.work / "fisher"
-                job.fisher = _measured_fisher(job, folder, sources[0]["fingerprint"], run, progress)
+            if measures and job.fisher is None:
+                if not (fisher / FISHER_FILE).is_file():
+                    _measure(job, fisher, run, overwrite, progress)
+                job.fisher = _left_fisher(job, fisher, sources[0]["fingerprint"])
                 stack.enter_context(job.fisher[0])
             method, entries = Engine(job, writer, progress).run()
             result = manifest(job, method, sources, entries, writer.finished)
@@ -95,22 +104,23 @@ def merge(
     return result
 
 
-def _measured_fisher(
-    job: MergePlan, folder: Path, fingerprint: str, run: FisherRun, progress: bool
-) -> tuple[Checkpoint, FisherRecord]:
-    """The Fisher in `folder`: the one an interrupted run left there, else a new one."""
-    if not (folder / FISHER_FILE).is_file():
-        measure_fisher(
-            job.base,
-            folder,
-            job.recipe.fisher,
-            device=run.device,
-            max_vram=run.max_vram,
-            device_map=run.device_map,
-            trust_remote_code=run.trust_remote_code,
-            max_shard_bytes=job.recipe.max_shard_bytes,
-            progress=progress,
-        )
+def _measure(job: MergePlan, folder: Path, run: FisherRun, overwrite: bool, progress: bool) -> None:
+    measure_fisher(
+        job.base,
+        folder,
+        job.recipe.fisher,
+        device=run.device,
+        max_vram=run.max_vram,
+        device_map=run.device_map,
+        trust_remote_code=run.trust_remote_code,
+        max_shard_bytes=job.recipe.max_shard_bytes,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _left_fisher(job: MergePlan, folder: Path, fingerprint: str) -> tuple[Checkpoint, FisherRecord]:
+    """The Fisher in `folder`, by this or an earlier run."""
     fisher = open_fisher(folder, job.base, job.recipe.fisher, [tensor.name for tensor in job.surveyed])
     try:
         check_same_base(fisher[1], job.base, fingerprint)

@@ -151,7 +151,7 @@ class MergePlan:
             "fisher_placement": asdict(fisher) if fisher else None,
             "fisher": "none"
             if not self.method.needs_fisher
-            else self.recipe.fisher_from or "measured on random tokens",
+            else self.recipe.fisher_from or f"measured on {self.recipe.fisher.probes}",
             "notes": self.notes,
         }
 

@@ -89,12 +89,25 @@ class FisherPlacement:
     bytes_to_read: int
 
 
+def check(base: Checkpoint, settings: FisherSettings, run: FisherRun) -> None:
+    """Refuse a pass before it begins, for everything that can be known by then.
+
+    Raises:
+        RecipeError: no such device, a device map or a text that is none, an option that does not fit the device.
+        CheckpointError: the model cannot be walked, or brings no tokenizer for the text.
+        MemoryBudgetError: the GPU is too small, with the smallest that works.
+    """
+    from streammerge.fisher.measure import prepare  # imports torch and transformers
+
+    prepare(base, settings, run)
+
+
 def place(base: Checkpoint, settings: FisherSettings, run: FisherRun) -> FisherPlacement:
     """What `plan` says of a pass that is yet to come.
 
     Raises:
         MemoryBudgetError: the GPU's budget is too small, with the smallest that works.
-        RecipeError: a device, or a device map, that is none.
+        RecipeError, CheckpointError: see `check`; on the CPU and random tokens, not all of it.
     """
     memory = fisher_memory(base, settings)
     prefix = decoder_prefix(base.tensors)
@@ -102,15 +115,14 @@ def place(base: Checkpoint, settings: FisherSettings, run: FisherRun) -> FisherP
     sizes = sum(info.nbytes for name, info in base.tensors.items() if block_index(name, prefix) is not None)
     outside = sum(info.nbytes for info in base.tensors.values()) - sizes
     name = run.device or default_device()
-    stay: frozenset[int] = frozenset()
-    if name != "cpu" or run.device_map != "auto":
-        from streammerge.fisher.device_map import blocks_that_stay
-        from streammerge.fisher.measure import build_model  # imports torch and transformers
+    on_cpu, stay = name == "cpu", frozenset[int]()
+    if not on_cpu or run != FisherRun(run.device, trust_remote_code=run.trust_remote_code) or settings.probe_text:
+        from streammerge.fisher.measure import prepare  # imports torch and transformers
 
-        model, where = build_model(base, settings, run)
-        stay = blocks_that_stay(model, settings, where, run)
+        prepared = prepare(base, settings, run)
+        on_cpu, stay = prepared.where.type == "cpu", prepared.stay
     resident = sum(info.nbytes for n, info in base.tensors.items() if block_index(n, prefix) in stay)
     on_device = memory.streamed + resident
-    host = IMPORT_BYTES + (on_device if name == "cpu" else CUDA_BYTES + 2 * memory.block)
+    host = IMPORT_BYTES + (on_device if on_cpu else CUDA_BYTES + 2 * memory.block)
     to_read = outside + 2 * sizes - resident
-    return FisherPlacement(name, len(stay), len(numbers), 0 if name == "cpu" else on_device, host, to_read)
+    return FisherPlacement(name, len(stay), len(numbers), 0 if on_cpu else on_device, host, to_read)

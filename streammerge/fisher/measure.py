@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -37,6 +38,7 @@ from streammerge.fisher.store import (
     FisherSettings,
     TensorFisher,
     pool_blocks,
+    text_digest,
 )
 from streammerge.fisher.walk import Walk
 from streammerge.progress import progress_bar
@@ -53,6 +55,41 @@ def block_matrices(base: Checkpoint) -> list[str]:
         for name, info in base.tensors.items()
         if block_index(name, prefix) is not None and len(info.shape) > 1 and info.floating
     ]
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """All that is known of a pass before a weight is read or a file is written.
+
+    Attributes:
+        model: the model, nothing loaded.
+        where: the device.
+        wanted: names of the tensors to measure.
+        stay: blocks that stay on the device between forward and backward.
+        ids: token ids [samples, length].
+    """
+
+    model: BlockModel
+    where: torch.device
+    wanted: list[str]
+    stay: frozenset[int]
+    ids: Tensor
+
+
+def prepare(base: Checkpoint, settings: FisherSettings, run: FisherRun) -> Preparation:
+    """Find out everything a pass can be refused for before it begins.
+
+    Raises:
+        RecipeError: no such device, a device map or a text that is none, an option that does not fit the device.
+        CheckpointError: the model cannot be walked, or brings no tokenizer for the text.
+        MemoryBudgetError: the device is too small.
+    """
+    refuse_quantised(base)
+    where = _device(run.device or default_device())
+    model = BlockModel(base, _compute_dtype(base, settings), where, run.trust_remote_code)
+    wanted = _wanted(base, model, settings)
+    stay = blocks_that_stay(model, settings, where, run)
+    return Preparation(model, where, wanted, stay, probe_tokens(base, model.vocab_size, settings))
 
 
 def measure(
@@ -75,16 +112,13 @@ def measure(
         MemoryBudgetError: the device is too small. What is done stays, for the next call.
     """
     phases = phases or Phases()
-    refuse_quantised(base)
     check_output(out, [base.folder], overwrite, manifest=FISHER_FILE)
     give_back = _memory_keeper()
-    model, where = build_model(base, settings, run)
-    wanted = _wanted(base, model, settings)
-    stay = blocks_that_stay(model, settings, where, run)
+    prepared = prepare(base, settings, run)
+    model, where, wanted, ids = prepared.model, prepared.where, prepared.wanted, prepared.ids
     stored = settings.dtype or "bfloat16"
     shards = plan_shards(((n, STORED_AS[stored], base.info(n).shape) for n in reversed(wanted)), max_shard_bytes)
     count = torch.get_num_threads() if where.type == "cpu" else 1
-    ids = probe_tokens(base, model.vocab_size, settings)
     identity = BaseIdentity(id=base.id, revision=base.revision, fingerprint=base.fingerprint())
     with (
         _writer(out, shards, identity, settings, ids, str(where), overwrite) as writer,
@@ -98,7 +132,8 @@ def measure(
             give_back()
 
         sink = _FisherSink(writer, getattr(torch, stored), phases)
-        walk = Walk(model, ids, set(wanted), sink, WalkState(writer.work / "walk"), workers, stay, advance, phases)
+        state = WalkState(writer.work / "walk")
+        walk = Walk(model, ids, set(wanted), sink, state, workers, prepared.stay, advance, phases)
         try:
             walk.run()
         except (CheckpointError, RecipeError):
@@ -106,8 +141,8 @@ def measure(
             raise
         except torch.OutOfMemoryError as error:
             raise MemoryBudgetError(
-                f"the Fisher pass ran out of memory on {where}: repeat the command with a smaller --max-vram, and it goes "
-                "on at the block where it was; or start anew with --device cpu --overwrite"
+                f"the Fisher pass ran out of memory on {where}: repeat the command with a smaller --max-vram, and it "
+                "goes on at the block where it was; or start anew with --device cpu --overwrite"
             ) from error
         writer.wait()
         record = _record(base, model, settings, identity, ids, walk, writer, str(where))
@@ -129,7 +164,7 @@ def _writer(
     identity = {
         "version": __version__,
         "base": base.model_dump(),
-        "settings": settings.model_dump(),
+        **settings.model_dump(),
         "tokens": _digest(ids),
         "device": device,
         "torch": torch.__version__,
@@ -170,6 +205,7 @@ def _record(
         base=identity,
         settings=settings.model_copy(update={"dtype": stored}),
         probe=_digest(ids),
+        text=text_digest(settings),
         loss=walk.losses.mean().item(),
         device=device,
         blocks=pool_blocks(tensors, block_matrices(base)),
@@ -196,6 +232,10 @@ class _FisherSink:
     def has(self, name: str) -> bool:
         return self._writer.is_complete(name)
 
+    def mean(self, name: str) -> float | None:
+        entry = self._writer.entries[name]
+        return float(entry["mean"]) if entry["reached"] else None
+
     def write(self, name: str, start: int, values: Tensor) -> float:
         with self._phases.time("write"):
             total = values.sum(-1).sum(dtype=torch.float64).item()
@@ -215,12 +255,6 @@ class _FisherSink:
     def sync(self) -> None:
         with self._phases.time("state"):
             self._writer.sync()
-
-
-def build_model(base: Checkpoint, settings: FisherSettings, run: FisherRun) -> tuple[BlockModel, torch.device]:
-    """The model, empty, and the device it is to run on."""
-    where = _device(run.device or default_device())
-    return BlockModel(base, _compute_dtype(base, settings), where, run.trust_remote_code), where
 
 
 def _compute_dtype(base: Checkpoint, settings: FisherSettings) -> torch.dtype:

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from streammerge.checkpoints.header import TensorInfo
 from streammerge.errors import CheckpointError
 from streammerge.fisher.linear import Factors
 from streammerge.fisher.names import Part
@@ -25,6 +26,9 @@ class Sink(Protocol):
 
     def has(self, name: str) -> bool:
         """Whether an earlier run has finished the tensor."""
+
+    def mean(self, name: str) -> float | None:
+        """Mean of a finished tensor all of which was reached; None where some was not."""
 
     def write(self, name: str, start: int, values: Tensor) -> float:
         """Final values of the tensor's elements from the flat index `start` on; returns their sum. From any thread."""
@@ -82,6 +86,7 @@ def emit(
     sink: Sink,
     workers: Workers,
     id: str,
+    finished: Iterable[TensorInfo] = (),
 ) -> None:
     """Hand the Fisher of every tensor among the parts to the sink.
 
@@ -93,6 +98,7 @@ def emit(
         factors: of the parameters used in linear functions.
         sums: squared gradients of the others.
         samples: how many sequences the sums are over.
+        finished: tensors of the same block that an interrupted run has finished.
     """
     if twice := sorted(factors.keys() & sums.keys()):
         raise CheckpointError(
@@ -100,6 +106,9 @@ def emit(
             "be measured"
         )
     reached = _Reached()
+    for info in finished:
+        if (mean := sink.mean(info.name)) is not None:
+            reached.add(info.name, mean * info.numel, info.numel)
     missing: list[tuple[str, list[range]]] = []
     for parameter, pieces in parts.items():
         wide = [factor.widened() for factor in factors.get(parameter, ())]
@@ -158,7 +167,10 @@ def wanted_parts(
 
 
 class _Reached:
-    """Mean over what was reached, per projection: tensors whose names differ in numbers alone."""
+    """Mean over what was reached, per projection: tensors whose names differ in numbers alone.
+
+    It is made from the means of the tensors, as they are recorded, so that it is the same after an interruption.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = {}
@@ -167,11 +179,13 @@ class _Reached:
 
     def add(self, name: str, total: float, count: int) -> None:
         with self._lock:
-            self._sums.setdefault(_kind(name), []).append(total)
-            self._counts[_kind(name)] = self._counts.get(_kind(name), 0) + count
+            self._sums.setdefault(name, []).append(total)
+            self._counts[name] = self._counts.get(name, 0) + count
 
     def mean(self, name: str) -> float:
-        return math.fsum(self._sums.get(_kind(name), ())) / max(self._counts.get(_kind(name), 0), 1)
+        kin = [other for other in self._counts if _kind(other) == _kind(name)]
+        total = math.fsum(math.fsum(self._sums[other]) / self._counts[other] * self._counts[other] for other in kin)
+        return total / max(sum(self._counts[other] for other in kin), 1)
 
 
 def _kind(name: str) -> str:

@@ -11,14 +11,16 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from streammerge.checkpoints.output import transfer_errors
+from streammerge.checkpoints.shard_file import fsync_folder
 
-_FILE = re.compile(r"(input|gradient|normaliser)-(\d+)\.safetensors$")
+_FILE = re.compile(r"(input|gradient|normaliser|alone)-(\d+)\.safetensors$")
 
 
 class WalkState:
     """A folder of small files, each whole or not there: `input-i` of block i, `gradient-i` at that input.
 
-    The last block's output is the input of a block that does not exist; so is its gradient.
+    The last block's output is the input of a block that does not exist; so is its gradient. `alone` says that the
+    sequences go through the blocks one by one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,6 +38,7 @@ class WalkState:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
+            fsync_folder(self.folder)
 
     def load(self, kind: str, index: int) -> dict[str, Tensor]:
         with transfer_errors(self._path(kind, index), "cannot be read"):
@@ -46,8 +49,9 @@ class WalkState:
         self._path(kind, index).unlink(missing_ok=True)
 
     def clear(self) -> None:
-        for kind in ("input", "gradient", "normaliser"):
-            for index in self.indices(kind):
+        """Forget everything, the latest first, so that an interruption leaves a beginning."""
+        for kind in ("normaliser", "gradient", "input"):
+            for index in reversed(self.indices(kind)):
                 self.forget(kind, index)
 
     def indices(self, kind: str) -> list[int]:

@@ -4,6 +4,7 @@
 decoder block and per tensor, taken from the float32 accumulators before they were rounded for storage.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,6 +33,11 @@ class FisherSettings(Strict):
     dtype: StoredDType | None = Field(None, description="dtype in which the Fisher is stored; bfloat16")
     probe_text: str | None = Field(None, description="text file to take the tokens from; random tokens without it")
     all_parameters: bool = Field(False, description="every parameter, not only the decoder blocks' matrices")
+
+    @property
+    def probes(self) -> str:
+        """What the Fisher is measured on, in words."""
+        return "random tokens" if self.probe_text is None else f"the text {self.probe_text}"
 
 
 class BaseIdentity(Strict):
@@ -67,6 +73,7 @@ class FisherRecord(Strict):
     base: BaseIdentity
     settings: FisherSettings
     probe: str = Field("", description="SHA-256 of the token ids")
+    text: str | None = Field(None, description="SHA-256 of the text they are from")
     loss: float = Field(description="summed negative log-likelihood, mean over the sequences, in nats")
     device: str
     blocks: list[BlockFisher]
@@ -124,7 +131,7 @@ def open_fisher(
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: not valid JSON ({str(error)[:100]})") from None
     checkpoint = Checkpoint.open(folder, id=f"Fisher {folder}", need_config=False)
-    mismatches = _differences(record.settings, settings)
+    mismatches = _differences(record, settings)
     for name in needed:
         shape = base.info(name).shape
         if name not in checkpoint.tensors or name not in record.tensors:
@@ -157,8 +164,27 @@ def check_same_base(record: FisherRecord, base: Checkpoint, fingerprint: str) ->
         )
 
 
-def _differences(made: FisherSettings, wanted: FisherSettings) -> list[str]:
+def text_digest(settings: FisherSettings) -> str | None:
+    """SHA-256 of the text the tokens come from; None for random tokens.
+
+    Raises:
+        RecipeError: the file cannot be read.
+    """
+    if settings.probe_text is None:
+        return None
+    try:
+        return hashlib.sha256(Path(settings.probe_text).read_bytes()).hexdigest()
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"--probe-text {settings.probe_text}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _differences(record: FisherRecord, wanted: FisherSettings) -> list[str]:
+    made = record.settings
     found = []
+    if made.probes != wanted.probes and None in (made.probe_text, wanted.probe_text):
+        found.append(f"it was measured on {made.probes}, asked for {wanted.probes}")
+    elif record.text != text_digest(wanted):
+        found.append(f"it was measured on {made.probes}, whose content is not that of {wanted.probe_text}")
     for key in ("samples", "length", "seed", "compute_dtype"):
         if getattr(made, key) != getattr(wanted, key):
             found.append(f"{key} is {getattr(made, key)}, asked for {getattr(wanted, key)}")

@@ -77,11 +77,12 @@ class Walk:
         """
         self._load_outside()
         apart = self.model.all_linear(set(self.wanted)) and not self._outside_wanted()
-        size = max(1, GROUP_TOKENS // self.ids.shape[1]) if apart else 1
+        size = max(1, GROUP_TOKENS // self.ids.shape[1]) if apart and not self.state.indices("alone") else 1
         try:
             self._walk(size)
-        except MixedSequencesError:  # a block mixes its sequences up: one at a time, then
+        except MixedSequencesError:  # a block mixes its sequences up: one at a time, then, also when interrupted
             self.state.clear()
+            self.state.save("alone", 0, {})
             self._walk(1)
 
     def _walk(self, size: int) -> None:
@@ -110,7 +111,10 @@ class Walk:
                 self._head(recordings, size, squares)
             for index in reversed(range(end)):
                 self._backward(feed, index, recordings, size)
-        self.losses = self.state.load("gradient", 0)["losses"]
+        left = self.state.load("gradient", 0)
+        self.losses = left["losses"]
+        if left["resident"]:
+            self.notes.append("the head does more than score each token by itself, so all of it is in memory")
         if self._outside_wanted():
             self._outside(size, squares)
 
@@ -146,7 +150,8 @@ class Walk:
         self._require_finite(losses, "the loss")
         self._require_finite(gradient, "the gradient after the last decoder block")
         self._emit(squares.sums, {}, squares.sums)  # those on this side of the blocks
-        self.state.save("gradient", last, {"gradient": gradient, "losses": losses})
+        resident = torch.tensor(head is None)
+        self.state.save("gradient", last, {"gradient": gradient, "losses": losses, "resident": resident})
         self.advance(1)
 
     def _head_walk(self, groups: list[Tensor]) -> tuple[list[Tensor], HeadWalk] | None:
@@ -170,7 +175,6 @@ class Walk:
     def _resident_head(self, groups: list[Tensor]) -> Tensor:
         """The same with the whole head in memory, one sequence at a time."""
         model = self.model
-        self.notes.append("the head does more than score each token by itself, so all of it is in memory")
         wanted = self._head_wanted()
         if model.embedding in wanted:
             raise CheckpointError(
@@ -263,8 +267,10 @@ class Walk:
         self.sink.done(info.name)
 
     def _emit(self, names: Iterable[str], factors: Mapping[str, list[Factors]], sums: Mapping[str, Tensor]) -> None:
+        names = list(names)
         parts = wanted_parts(self.model.parts, names, self.wanted, self.sink)
-        emit(parts, factors, sums, len(self.ids), self.sink, self.workers, self.model.base.id)
+        finished = [part.tensor for name in names for part in self.model.parts[name] if self.sink.has(part.tensor.name)]
+        emit(parts, factors, sums, len(self.ids), self.sink, self.workers, self.model.base.id, finished)
         self.sink.sync()
 
     def _load_outside(self) -> None:
