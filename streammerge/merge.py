@@ -75,12 +75,12 @@ def merge(
             raise RecipeError("a Fisher is reused, so there is no new one to save: give one of the two folders")
         if save_fisher is not None and not job.method.needs_fisher:
             raise RecipeError(f"method {job.recipe.method} with these parameters uses no Fisher to save")
-        if save_fisher is not None and not (Path(save_fisher) / FISHER_FILE).is_file():
+        if save_fisher is not None and not _is_finished(Path(save_fisher)):
             check_output(Path(save_fisher), [job.base.folder, out], overwrite=False)
         identity = {"version": __version__, "recipe": resolved_recipe(job), "sources": sources}
         fisher = Path(save_fisher) if save_fisher is not None else out / WORK_DIR / "fisher"
         measures = job.method.needs_fisher and job.fisher is None
-        if measures and save_fisher is not None and (fisher / FISHER_FILE).is_file():
+        if measures and save_fisher is not None and _is_finished(fisher):
             job.fisher = _left_fisher(job, fisher, sources[0]["fingerprint"])
             stack.enter_context(job.fisher[0])
         elif measures:
@@ -88,7 +88,7 @@ def merge(
         writer = stack.enter_context(CheckpointWriter(out, job.shards, identity, fresh=overwrite))
         try:
             if measures and job.fisher is None:
-                if not (fisher / FISHER_FILE).is_file():
+                if not _is_finished(fisher):
                     _measure(job, fisher, run, overwrite, progress)
                 job.fisher = _left_fisher(job, fisher, sources[0]["fingerprint"])
                 stack.enter_context(job.fisher[0])
@@ -102,6 +102,10 @@ def merge(
             writer.discard()  # the input is at fault, running again would not help
             raise
     return result
+
+
+def _is_finished(fisher: Path) -> bool:
+    return (fisher / FISHER_FILE).is_file() and not (fisher / WORK_DIR).exists()
 
 
 def _measure(job: MergePlan, folder: Path, run: FisherRun, overwrite: bool, progress: bool) -> None:

@@ -29,11 +29,11 @@ def blocks_that_stay(
         MemoryBudgetError: not even two blocks fit.
         RecipeError: the device map is none.
     """
+    if device.type == "cpu" and run.max_vram is not None:
+        raise RecipeError("--max-vram is for a Fisher pass on a GPU; this one runs on the CPU: leave it out")
     if run.device_map != "auto":
         return _mapped(model, device, Path(run.device_map))
     if device.type == "cpu":
-        if run.max_vram is not None:
-            raise RecipeError("--max-vram is for a Fisher pass on a GPU; this one runs on the CPU: leave it out")
         return frozenset()
     budget = run.max_vram or int(_FREE_SHARE * torch.cuda.mem_get_info(device)[0])
     need = fisher_memory(model.base, settings).streamed
@@ -93,5 +93,6 @@ def _mapped(model: BlockModel, device: torch.device, path: Path) -> frozenset[in
         if place in here:
             stay.add(index)
         elif place not in ("cpu", "disk"):
-            raise RecipeError(f"--device-map {path}: {name!r} is on {place!r}: a block is on {device}, cpu or disk")
+            places = " or ".join(dict.fromkeys([str(device), "cpu", "disk"]))
+            raise RecipeError(f"--device-map {path}: {name!r} is on {place!r}: a block is on {places}")
     return frozenset(stay)

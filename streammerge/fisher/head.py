@@ -22,7 +22,7 @@ from streammerge.checkpoints.checkpoint import require_finite, torch_dtype
 from streammerge.fisher.blocks import BlockModel
 from streammerge.fisher.linear import product, product_back
 from streammerge.fisher.phases import Phases
-from streammerge.fisher.placement import HEAD_BYTES, SQUARES
+from streammerge.fisher.placement import SQUARES, head_rows
 from streammerge.fisher.squares import Sink
 from streammerge.workers import Workers
 
@@ -125,13 +125,14 @@ class HeadWalk:
                 sink.write(weight_name, (start + row) * columns, gradients.square_().mean(0))
 
     def is_elementwise(self) -> bool:
-        """Whether the model treats each logit by itself, so that the vocabulary can be cut."""
-        _, weight, bias = next(self._rows())
-        raw = product(self._x, weight, bias, self.workers)
-        half = len(weight) // 2
-        with torch.no_grad():
-            whole = self.model.after_head(raw)
-            return whole.shape == raw.shape and torch.equal(whole[:, :half], self.model.after_head(raw[:, :half]))
+        """Whether the model treats each logit by itself, so that the vocabulary can be cut. Reads nothing."""
+        raw, half = self._x, self._x.shape[1] // 2  # any numbers will do in place of logits
+        try:
+            with torch.no_grad():
+                whole, *parts = (self.model.after_head(some) for some in (raw, raw[:, :half], raw[:, half:]))
+        except (IndexError, RuntimeError):  # it expects the whole vocabulary
+            return False
+        return whole.shape == raw.shape and torch.equal(whole, torch.cat(parts, 1))
 
     def _logits(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """The head's own output for some rows, and the logits the model makes of it, with the graph between."""
@@ -148,7 +149,7 @@ class HeadWalk:
         bias = model.model.get_output_embeddings().bias
         rows, columns = info.shape
         width = info.nbytes // rows
-        step = max(1, HEAD_BYTES // width)
+        step = head_rows(width, len(self._x))
 
         def read(start: int, buffer: Tensor) -> Tensor:
             raw = buffer[: min(step, rows - start) * width]

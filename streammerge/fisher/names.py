@@ -62,7 +62,10 @@ def parameter_parts(model: transformers.PreTrainedModel, base: Checkpoint) -> di
         elif stored in fused:
             parts[names[0]] = found = _stacked(*fused[stored], base)
             count, needed = sum(part.tensor.numel for part in found), model.get_parameter(names[0]).numel()
-            if count != needed:
+            odd = next((part.tensor for part in found if part.tensor.shape[-1:] != shape[-1:]), None)
+            if odd is not None:
+                mismatches.append(f"tensor {odd.name!r} is {list(odd.shape)}, as a part of {stored!r} {list(shape)}")
+            elif count != needed:
                 mismatches.append(f"the {len(found)} tensors of {stored!r} have {count} elements, it needs {needed}")
             elif len({part.tensor.dtype for part in found}) > 1:
                 mismatches.append(f"the {len(found)} tensors of {stored!r} are not all of one dtype")
