@@ -72,7 +72,7 @@ Threads = Annotated[
     int | None, typer.Option(min=1, help="Workers. (default: the processors, at most 8)", rich_help_panel=RESOURCES)
 ]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the inputs through.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished merge in --out, or start anew.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in --out, or start anew.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
@@ -109,7 +109,7 @@ def fisher_options(bare: bool = False) -> Iterator[inspect.Parameter]:
         name = key if flag else f"fisher_{key}"
         default = "" if field.default in (None, False) else f" (default: {field.default})"
         text = f"{(field.description or '')[:1].upper()}{(field.description or '')[1:]}{default}."
-        names = [name, key] if bare and not flag else [name]
+        names = [key, name] if bare and not flag else [name]
         option = typer.Option(*(f"--{name.replace('_', '-')}" for name in names), help=text, rich_help_panel=FISHER)
         kind: Any = Annotated[bool, option] if flag else Annotated[str | None, option]
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False if flag else None, annotation=kind)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from shutil import copytree, rmtree
+from string import ascii_lowercase
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tiny_models import (
     edit,
     edit_config,
     edit_header,
+    give_tokenizer,
     put,
     put_header,
     put_index,
@@ -32,6 +34,7 @@ from tiny_models import (
     tensors,
 )
 
+from streammerge.checkpoints.work import WorkFolder
 from streammerge.checkpoints.writer import CheckpointWriter
 
 Spoil = Callable[[Path], object]
@@ -473,6 +476,108 @@ def test_a_device_that_is_not_there(models: Models, tmp_path: Path, run: Run, de
     words = f"--device {device}: there is no such device here"
     refused(run, tmp_path, command(models, tmp_path, "--device", device), words)
     refused(run, tmp_path, ("fisher", "--base", models.base, "--out", tmp_path / "f", "--device", device), words)
+
+
+DEVICE_MAPS: dict[str, tuple[str | None, str]] = {
+    "no file": (None, "No such file or directory: give auto, or a JSON file"),
+    "no JSON": ("{", "not valid JSON"),
+    "no mapping": ("[]", "must be a mapping like"),
+    "no place": ('{"model": null}', "must be a mapping like"),
+    "no module": ('{"model.blocks": "cpu"}', "'model.blocks' is no module of Qwen2ForCausalLM"),
+    "not every block": ('{"model.layers.0": "cpu"}', "it does not place 'model.layers.1'"),
+    "no device": ('{"model": "tpu"}', "'model.layers.0' is on 'tpu': a block is on cpu or disk"),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), DEVICE_MAPS.values(), ids=DEVICE_MAPS)
+def test_a_device_map_that_is_none(models: Models, tmp_path: Path, run: Run, text: str | None, words: str) -> None:
+    path = tmp_path / "map.json"
+    if text is not None:
+        path.write_text(text)
+    for arguments in fisher_passes(models, tmp_path, "--device", "cpu", "--device-map", path):
+        assert refused(run, tmp_path, arguments, f"--device-map {path}: {words}").count("\n") == 1
+
+
+def fisher_passes(models: Models, tmp_path: Path, *options: object) -> list[tuple[object, ...]]:
+    """Every command that makes or plans a Fisher pass, with the options."""
+    pair = ("--base", models.base, "--ft", models.ft)
+    return [
+        ("fisher", "--base", models.base, "--out", tmp_path / "f", "-q", *options),
+        command(models, tmp_path, *options),
+        command(models, tmp_path, "--save-fisher", tmp_path / "f", *options),
+        ("merge", *pair, "--dry-run", *options),
+        ("plan", *pair, *options),
+    ]
+
+
+REFUSED_AT_ONCE: dict[str, tuple[tuple[str, ...], list[str]]] = {
+    "meta": (("--device", "meta"), ["--device meta: a Fisher pass runs on cpu or cuda"]),
+    "no device": (("--device", "warp"), ["--device warp: there is no such device here"]),
+    "GPU memory on the CPU": (
+        ("--device", "cpu", "--max-vram", "8GB"),
+        ["--max-vram is for a Fisher pass on a GPU; this one runs on the CPU: leave it out"],
+    ),
+    "a text that is not there": (("--fisher-probe-text", "nowhere"), ["--probe-text nowhere: No such file"]),
+    "a text that is short": (("--fisher-probe-text", "{text}"), ["26 tokens, and 8 samples of 64 take 512"]),
+}
+
+
+@pytest.mark.parametrize(("options", "words"), REFUSED_AT_ONCE.values(), ids=REFUSED_AT_ONCE)
+def test_a_fisher_pass_that_cannot_be_is_refused_before_anything_is_written(
+    models: Models,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    words: list[str],
+) -> None:
+    give_tokenizer(models.base)
+    (tmp_path / "text").write_text(ascii_lowercase)
+    created: list[Path] = []
+    monkeypatch.setattr(WorkFolder, "__init__", lambda self, folder, **options: created.append(folder))
+    given = [option.format(text=tmp_path / "text") for option in options]
+    for arguments in fisher_passes(models, tmp_path, *given):
+        assert refused(run, tmp_path, arguments, *words).count("\n") == 1
+    assert not created
+
+
+def test_a_text_without_a_tokenizer(models: Models, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "text").write_text("some text")
+    for arguments in fisher_passes(models, tmp_path, "--fisher-probe-text", tmp_path / "text"):
+        words = f"model {models.base}: it brings no tokenizer, which --probe-text needs"
+        assert refused(run, tmp_path, arguments, words).count("\n") == 1
+    (models.base / "tokenizer.json").write_text("{")
+    for arguments in fisher_passes(models, tmp_path, "--fisher-probe-text", tmp_path / "text"):
+        words = f"model {models.base}: its tokenizer, for --probe-text, cannot be loaded: "
+        assert refused(run, tmp_path, arguments, words).count("\n") == 1
+
+
+def test_a_fisher_of_a_text_fits_that_text_alone(models: Models, tmp_path: Path, run: Run) -> None:
+    give_tokenizer(models.base)
+    text, other = tmp_path / "text", tmp_path / "other"
+    text.write_text("the cat sat on the mat ")
+    other.write_text("the mat sat on the cat ")
+    size = ("--fisher-samples", "2", "--fisher-length", "8")
+    made = ("fisher", "--base", models.base, "--out", tmp_path / "f", "-q", *size, "--probe-text", text)
+    assert run(*made).code == 0
+    reuse = command(models, tmp_path, "--fisher", tmp_path / "f", *size)
+    refused(run, tmp_path, reuse, f"it was measured on the text {text}, asked for random tokens")
+    of_other = (*reuse, "--fisher-probe-text", other)
+    refused(run, tmp_path, of_other, f"it was measured on the text {text}, whose content is not that of {other}")
+    refused(run, tmp_path, (*reuse, "--fisher-probe-text", "nowhere"), "--probe-text nowhere: No such file")
+    assert run(*reuse, "--fisher-probe-text", text).code == 0
+    text.rename(tmp_path / "moved")
+    result = run(*reuse, "--fisher-probe-text", tmp_path / "moved", "--overwrite")
+    assert result.code == 0, result.err
+
+
+def test_a_fisher_of_random_tokens_is_none_of_a_text(
+    models: Models, saved_fisher: Path, tmp_path: Path, run: Run
+) -> None:
+    give_tokenizer(models.base)
+    (tmp_path / "text").write_text("the cat sat on the mat ")
+    arguments = command(models, tmp_path, "--fisher", saved_fisher, "--fisher-probe-text", tmp_path / "text")
+    refused(run, tmp_path, arguments, f"it was measured on random tokens, asked for the text {tmp_path / 'text'}")
 
 
 # --- recipes and options ------------------------------------------------------------------------------------------

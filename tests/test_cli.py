@@ -14,7 +14,7 @@ import pytest
 import torch
 import typer
 import yaml
-from tiny_models import HEAD, MATRIX, WEIGHTS, Models, Run, content, edit_config, put, spoil, tensors
+from tiny_models import HEAD, MATRIX, WEIGHTS, Models, Run, content, edit_config, give_tokenizer, put, spoil, tensors
 
 import streammerge
 from streammerge import cli
@@ -42,6 +42,34 @@ def test_help_lists_every_option_with_a_text(run: Run, monkeypatch: pytest.Monke
         start = parameter.help.replace("\\[", "[")[:30]
         assert [line for line in lines if option in line and start in line], option
     assert COMMANDS[name].help
+
+
+NEW = {
+    "merge": ["--device", "--max-vram", "--device-map", "--trust-remote-code", "--fisher-probe-text", "--save-fisher"],
+    "plan": ["--device", "--max-vram", "--device-map", "--trust-remote-code", "--fisher-probe-text"],
+    "fisher": ["--device", "--max-vram", "--device-map", "--trust-remote-code", "--fisher-probe-text", "--probe-text"],
+}
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_help_lists_the_options_of_a_fisher_pass_once(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 400)
+    words = re.split(r"[\s,]+", run(name, "--help").out)
+    assert {option: words.count(option) for option in NEW[name]} == dict.fromkeys(NEW[name], 1)
+
+
+@pytest.mark.parametrize("prefix", ["", "fisher-"])
+def test_the_fisher_command_takes_its_settings_by_both_names(
+    models: Models, tmp_path: Path, run: Run, prefix: str
+) -> None:
+    give_tokenizer(models.base)
+    (tmp_path / "text").write_text("the cat sat on the mat and the rat sat on the cat ")
+    options = {"samples": "3", "length": "8", "seed": "7", "dtype": "float32", "probe-text": str(tmp_path / "text")}
+    given = [word for key, value in options.items() for word in (f"--{prefix}{key}", value)]
+    result = run("fisher", "--base", models.base, "--out", tmp_path / "f", "--json", *given)
+    assert (result.code, result.err) == (0, "")
+    settings = json.loads(result.out)["settings"]
+    assert {key: str(settings[key.replace("-", "_")]) for key in options} == options
 
 
 def test_the_help_of_the_whole(run: Run) -> None:
@@ -161,12 +189,30 @@ def test_what_plan_tells(models: Models, run: Run) -> None:
     assert summary["bytes_to_write"] == (models.base / WEIGHTS).stat().st_size
     assert summary["bytes_to_read"] > 0 and summary["fisher_bytes_to_read"] > 0
     assert summary["passes"] >= 3
-    assert summary["peak_host_bytes"] >= summary["peak_merge_bytes"] > 0 < summary["peak_fisher_bytes"]
+    assert summary["peak_host_bytes"] >= summary["peak_merge_bytes"] > 0 < summary["fisher_placement"]["host_bytes"]
     text = run("plan", *pair).out
-    words = ("tensors", "parameters", "to read", "to write", "passes", "host memory", "Fisher memory")
+    words = ("tensors", "parameters", "to read", "to write", "passes", "host memory", "Fisher pass")
     assert [word for word in words if f"\n{word} " not in text] == []
     copies = json.loads(run("plan", *pair, "--json", "-m", "task_arithmetic").out)
-    assert (copies["peak_fisher_bytes"], copies["fisher"], copies["fisher_bytes_to_read"]) == (0, "none", 0)
+    assert (copies["fisher_placement"], copies["fisher"], copies["fisher_bytes_to_read"]) == (None, "none", 0)
+
+
+def test_plan_tells_where_the_fisher_pass_runs(models: Models, tmp_path: Path, run: Run) -> None:
+    pair = ("plan", "--base", models.base, "--ft", models.ft, "--device", "cpu")
+    line = r"\nFisher pass    on cpu, {} of 2 blocks stay, {} are read twice; \d{{3}} MiB of RAM\n"
+    assert re.search(line.format(0, 2), run(*pair).out)
+    (tmp_path / "map.json").write_text(json.dumps({"model": "disk", "model.layers.0": "cpu"}))
+    result = run(*pair, "--device-map", tmp_path / "map.json")
+    assert re.search(line.format(1, 1), result.out), result
+    assert "Fisher pass" not in run(*pair, "-m", "ties").out
+
+
+def test_the_blocks_that_stay_change_nothing(models: Models, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "map.json").write_text(json.dumps({"": "disk", "model.layers.0": "cpu"}))
+    fisher = ("fisher", "--base", models.base, "--samples", "1", "--device", "cpu", "-q", "--out")
+    assert run(*fisher, tmp_path / "a").code == 0
+    assert run(*fisher, tmp_path / "b", "--device-map", tmp_path / "map.json").code == 0
+    assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
 def test_merge_json_is_the_manifest(models: Models, saved_fisher: Path, tmp_path: Path, run: Run) -> None:

@@ -69,7 +69,11 @@ def merge(
 
 
 def agree(streamed: Mapping[str, Tensor], naive: FimResult) -> tuple[int, int, int]:
-    """Elements in all, those that differ, and those that neither a trim threshold nor rounding explains."""
+    """Elements in all, those that differ, and those that neither a trim threshold nor rounding explains.
+
+    Both Fishers are float32, summed in another order, so an alpha differs by some 2e-8: enough to round one product in
+    200 the other way. The naive merge differs as much from itself with a float64 Fisher.
+    """
     total = differing = unexplained = 0
     for name, expected in naive.merged.items():
         differs = streamed[name] != expected
@@ -108,7 +112,7 @@ def test_fim_ties_equals_the_naive_merge(pair: tuple[Path, Path], textbook: dict
     assert alphas == pytest.approx(naive.alphas[0], abs=1e-4)
     assert {name: t["kept"] for name, t in result["tensors"].items() if "kept" in t} == naive.kept
     total, differing, unexplained = agree(load(tmp_path / "out"), naive)
-    assert differing <= 0.001 * total
+    assert differing <= 0.01 * total
     assert unexplained == 0
     for name, ratio in naive.norm_ratio.items():
         assert result["tensors"][name]["norm_ratio"] == pytest.approx(ratio, abs=1e-5)
@@ -123,7 +127,7 @@ def test_a_tight_norm_tolerance_rescales_as_the_naive_merge_does(
     assert rescaled == naive.rescaled
     assert any(rescaled.values())
     total, differing, unexplained = agree(load(tmp_path / "out"), naive)
-    assert differing <= 0.001 * total
+    assert differing <= 0.01 * total
     assert unexplained == 0
 
 
@@ -136,7 +140,7 @@ def test_two_experts_equal_the_naive_merge(
         alphas = [row["alpha"] for row in result["blocks"] if row["expert"] == str(model)]
         assert alphas == pytest.approx(naive.alphas[index], abs=1e-4)
     total, differing, unexplained = agree(load(tmp_path / "out"), naive)
-    assert differing <= 0.001 * total
+    assert differing <= 0.01 * total
     assert unexplained == 0
 
 

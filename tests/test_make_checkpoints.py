@@ -141,7 +141,7 @@ def test_refuses_an_output_that_holds_something(tmp_path: Path, capsys: pytest.C
     [
         ({"shape": "huge"}, "unknown shape 'huge'"),
         ({"ft_dtype": "int8"}, "unknown dtype 'int8'"),
-        ({"experts": 0}, "at least 1"),
+        ({"experts": -1}, "must not be negative"),
         ({"max_shard_size": "big"}, "not a size"),
     ],
 )
@@ -149,6 +149,11 @@ def test_refuses_nonsense_before_it_writes(tmp_path: Path, options: dict[str, ob
     with pytest.raises(RecipeError, match=message):
         make_pair(**{"shape": "tiny", "folder": tmp_path / "out", **options})  # type: ignore[arg-type]
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_base_alone(tmp_path: Path) -> None:
+    assert make_pair("tiny", tmp_path / "out", experts=0, say=lambda line: None) == [tmp_path / "out/base"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["base"]
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

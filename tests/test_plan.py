@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from make_checkpoints import make_pair
+from tiny_models import Models
 
 import streammerge
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.checkpoints.source import LocalFile
 from streammerge.errors import RecipeError
+from streammerge.fisher.placement import FisherRun
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +47,40 @@ def test_the_summary_says_what_the_merge_does(pair: tuple[str, str], tmp_path: P
     matrices = sum(info.nbytes for info in infos if ".layers." in info.name and len(info.shape) > 1)
     fisher = method == "fim_ties"
     assert summary["bytes_to_read"] == 2 * weights + (2 * matrices + matrices if fisher else 0)
-    assert bool(summary["peak_fisher_bytes"]) is fisher
+    assert (summary["fisher_placement"] is not None) is fisher
     assert bool(summary["fisher_bytes_to_read"]) is fisher
+
+
+def test_where_the_fisher_pass_runs(pair: tuple[str, str], tmp_path: Path) -> None:
+    with streammerge.plan(job(pair, "fim_ties")) as plan, Checkpoint.open(pair[0]) as base:
+        summary = plan.summary(FisherRun("cpu"))
+        infos = list(base.tensors.values())
+        (tmp_path / "map.json").write_text(json.dumps({"": "disk", "model.layers.1": "cpu"}))
+        stay = plan.summary(FisherRun("cpu", device_map=str(tmp_path / "map.json")))["fisher_placement"]
+    placement = summary["fisher_placement"]
+    blocks = {number: [i for i in infos if f".layers.{number}." in i.name] for number in range(placement["blocks"])}
+    sizes = [sum(info.nbytes for info in block) for block in blocks.values()]
+    outside = sum(info.nbytes for info in infos) - sum(sizes)
+    assert len(sizes) > 1 and min(sizes) > 0
+    assert (placement["device"], placement["stay"], placement["device_bytes"]) == ("cpu", 0, 0)
+    assert placement["bytes_to_read"] == summary["fisher_bytes_to_read"] == outside + 2 * sum(sizes)
+    assert summary["peak_host_bytes"] == max(placement["host_bytes"], summary["peak_merge_bytes"])
+    assert placement["host_bytes"] > 2 * max(sizes)
+    assert stay["stay"] == 1
+    assert stay["bytes_to_read"] == placement["bytes_to_read"] - sizes[1]
+    assert stay["host_bytes"] == placement["host_bytes"] + sizes[1]
+
+
+def test_what_the_fisher_is_measured_on(pair: tuple[str, str], saved_fisher: Path, saved_models: Models) -> None:
+    with streammerge.plan(job(pair, "fim_ties")) as plan:
+        assert plan.summary()["fisher"] == "measured on random tokens"
+    with streammerge.plan(
+        job((str(saved_models.base), str(saved_models.ft)), "fim_ties", fisher_from=str(saved_fisher))
+    ) as plan:
+        summary = plan.summary(FisherRun("bogus"))  # there is no pass
+    assert (summary["fisher"], summary["fisher_placement"]) == (str(saved_fisher), None)
+    assert summary["fisher_bytes_to_read"] == 0
+    assert summary["peak_host_bytes"] == summary["peak_merge_bytes"]
 
 
 def test_passes_are_those_of_the_method(pair: tuple[str, str]) -> None:

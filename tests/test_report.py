@@ -99,8 +99,27 @@ def test_plan_text_has_a_line_for_everything(saved_models: Models) -> None:
     keys = "base model method Fisher tensors parameters to workers host note"
     assert {line.split()[0] for line in text.splitlines()} == {*keys.split(), "passes"}
     assert text.endswith("note           one\nnote           two")
-    assert "Fisher memory  1 MiB" in plan_text(summary | {"peak_fisher_bytes": 2**20})
+    assert "Fisher pass" not in text
     assert ", and 5 MB for the Fisher" in plan_text(summary | {"fisher_bytes_to_read": 5 * 10**6})
+
+
+@pytest.mark.parametrize(
+    ("placement", "text"),
+    [
+        (
+            {"device": "cpu", "stay": 0, "blocks": 28, "device_bytes": 0, "host_bytes": 3 << 30},
+            "on cpu, 0 of 28 blocks stay, 28 are read twice; 3072 MiB of RAM",
+        ),
+        (
+            {"device": "cuda:1", "stay": 25, "blocks": 28, "device_bytes": 20 << 30, "host_bytes": 2 << 30},
+            "on cuda:1, 25 of 28 blocks stay, 3 are read twice; 20.0 GiB there and 2048 MiB of RAM",
+        ),
+    ],
+)
+def test_plan_text_says_where_the_fisher_pass_runs(saved_models: Models, placement: dict[str, Any], text: str) -> None:
+    with streammerge.plan({"base": str(saved_models.base), "models": [str(saved_models.ft)]}) as job:
+        summary = job.summary() | {"fisher_placement": placement}
+    assert f"\nFisher pass    {text}" in plan_text(summary)
 
 
 def test_a_resolved_recipe_is_a_recipe(saved_models: Models) -> None:

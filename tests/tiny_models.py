@@ -4,6 +4,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,13 @@ def save_models(folder: Path) -> Models:
         (path / "LICENSE").write_text(f"licence of {path.name}\n")
         (path / "README.md").write_text(f"card of {path.name}\n")
     return models
+
+
+def give_tokenizer(folder: Path) -> None:
+    """A tokenizer of the letters a to z and the space, as Qwen2 has it."""
+    vocabulary = {letter: number for number, letter in enumerate(f"{ascii_lowercase}\u0120")}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
 
 
 def tensors(folder: Path) -> State:

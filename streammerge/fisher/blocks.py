@@ -196,8 +196,12 @@ class BlockModel:
             seen.append(inputs)
             return inputs
 
-        with self._head(head):
-            self.logits(hidden)
+        try:
+            with self._head(head):
+                self.logits(hidden)
+        except (IndexError, RuntimeError):
+            if not seen:
+                raise  # else what follows the head expects the whole vocabulary: `HeadWalk.is_elementwise` will tell
         if len(seen) != 1:
             raise self._not_replayable(f"its head is called {len(seen)} times")
         return seen[0]
@@ -255,7 +259,7 @@ class BlockModel:
 def _build_empty(base: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> transformers.PreTrainedModel:
     if base.config.get("is_encoder_decoder"):
         raise CheckpointError(f"model {base.id}: an encoder-decoder: only decoders have this Fisher")
-    if trust_remote_code and any("--" in str(code) for code in base.config.get("auto_map", {}).values()):
+    if trust_remote_code and "--" in str(base.config.get("auto_map")):
         raise CheckpointError(f"model {base.id}: its config takes code from another repository, which is not pinned")
     try:
         config = transformers.AutoConfig.from_pretrained(base.folder, trust_remote_code=trust_remote_code)

@@ -51,6 +51,11 @@ def text_tokens(base: Checkpoint, vocab_size: int, settings: FisherSettings) -> 
         raise CheckpointError(
             f"model {base.id}: its tokenizer, for --probe-text, cannot be loaded: {reason}"
         ) from error
+    files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
+    if not any((base.folder / file).is_file() for file in files):  # then transformers makes an empty one
+        raise CheckpointError(
+            f"model {base.id}: it brings no tokenizer, which --probe-text needs: {min(files)} or alike"
+        )
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.int64)
     needed = settings.samples * settings.length
     if len(ids) < needed:
