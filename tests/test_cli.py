@@ -299,9 +299,12 @@ def test_the_recipe_in_the_card_can_be_run_again(
     models: Models, saved_fisher: Path, tmp_path: Path, run: Run, method: str
 ) -> None:
     fisher = ("--fisher", saved_fisher) if METHODS[method].Parameters.model_fields.get("importance") else ()
-    options = ("-m", method, "--coefficient", "0.6", "--coefficient", "0.3", "--max-shard-size", "8KB", "-q")
-    pair = ("--base", models.base, "--ft", models.ft, "--ft", models.ft2)
-    assert run(*pair, *options, *fisher, "--out", tmp_path / "out").code == 0
+    experts = (models.ft, models.ft2)[: METHODS[method].most_experts]
+    weighs = "coefficient" in METHODS[method].Expert.model_fields
+    coefficients = [("--coefficient", value) for value in ("0.6", "0.3")[: len(experts)] if weighs]
+    options = ("-m", method, *(word for pair in coefficients for word in pair), "--max-shard-size", "8KB", "-q")
+    given = ("--base", models.base, *(word for expert in experts for word in ("--ft", expert)))
+    assert run(*given, *options, *fisher, "--out", tmp_path / "out").code == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "run `streammerge merge recipe.yaml --out merged`" in card
     recipe = tmp_path / "recipe.yaml"

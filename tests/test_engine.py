@@ -115,7 +115,7 @@ def recipe(trio: Mapping[str, str], method: str, *experts: str, **parameters: An
     needs_fisher = method.startswith("fim")
     return {
         "base": trio["base"],
-        "models": [trio[expert] for expert in experts or ("one", "two")],
+        "models": [trio[expert] for expert in experts or ("one", "two")[: METHODS[method].most_experts]],
         "method": method,
         "parameters": parameters,
         "fisher_from": trio["fisher"] if needs_fisher else None,

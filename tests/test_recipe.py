@@ -98,11 +98,12 @@ def test_one_value_holds_for_all_a_list_for_each_and_the_models_own_goes_first()
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_resolved_recipe_names_every_parameter_and_resolves_to_itself(method: str) -> None:
-    first = resolved(method=method)
     cls = METHODS[method]
+    count = max(cls.fewest_experts, 1)
+    first = resolved(method=method, models=["b"] * count)
     assert first.parameters.keys() == cls.Parameters.model_fields.keys()
     assert all(expert.keys() == cls.Expert.model_fields.keys() for expert in first.experts)
-    models = [{"model": "b", "parameters": first.experts[0]}]
+    models = [{"model": "b", "parameters": parameters} for parameters in first.experts]
     again = resolved(method=method, models=models, parameters=first.parameters)
     assert (again.parameters, again.experts) == (first.parameters, first.experts)
 

@@ -3,8 +3,18 @@
 from collections.abc import Mapping
 
 from streammerge.methods.api import Method
+from streammerge.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
+from streammerge.methods.dare import DareLinear, DareTies
+from streammerge.methods.della import Della, DellaLinear
 from streammerge.methods.fim import FimTa, FimTies
+from streammerge.methods.karcher import Karcher
 from streammerge.methods.linear import Linear
+from streammerge.methods.model_stock import ModelStock
+from streammerge.methods.multislerp import Multislerp
+from streammerge.methods.nearswap import Nearswap
+from streammerge.methods.nuslerp import Nuslerp
+from streammerge.methods.passthrough import Passthrough
+from streammerge.methods.slerp import Slerp
 from streammerge.methods.task_arithmetic import TaskArithmetic
 from streammerge.methods.ties import Ties
 
@@ -12,6 +22,19 @@ METHODS: Mapping[str, type[Method]] = {
     "fim_ties": FimTies,
     "fim_ta": FimTa,
     "linear": Linear,
+    "karcher": Karcher,
+    "slerp": Slerp,
+    "nuslerp": Nuslerp,
+    "multislerp": Multislerp,
+    "model_stock": ModelStock,
     "task_arithmetic": TaskArithmetic,
     "ties": Ties,
+    "dare_linear": DareLinear,
+    "dare_ties": DareTies,
+    "della": Della,
+    "della_linear": DellaLinear,
+    "breadcrumbs": Breadcrumbs,
+    "breadcrumbs_ties": BreadcrumbsTies,
+    "nearswap": Nearswap,
+    "passthrough": Passthrough,
 }

@@ -180,6 +180,8 @@ class Method(ABC):
     Expert: ClassVar[type[Strict]] = ExpertParameters
     summary: ClassVar[str]
     reference: ClassVar[str]
+    fewest_experts: ClassVar[int] = 1  # how many fine-tuned models it merges; the constructor refuses others
+    most_experts: ClassVar[int | None] = None
 
     def __init__(self, parameters: Any, experts: Sequence[Any], model: ModelFacts) -> None:
         self.parameters, self.experts, self.model = parameters, tuple(experts), model

@@ -12,7 +12,11 @@ from streammerge.methods import METHODS, Method, api
 
 # What a method needs, besides density 1 and the coefficients, to return the model that all its inputs are:
 # coefficients that sum to 1 and are exact in binary.
-SAME_MODELS: dict[str, dict[str, Any]] = {"linear": {"base_coefficient": 0.5}}
+SAME_MODELS: dict[str, dict[str, Any]] = {"linear": {"base_coefficient": 0.5}, "passthrough": {"coefficient": 1.0}}
+# What a method needs for the order of the experts not to matter: a random draw belongs to a place in the recipe.
+IN_ANY_ORDER: dict[str, dict[str, Any]] = {
+    name: {"density": 1.0} for name in ("dare_linear", "dare_ties", "della", "della_linear")
+}
 SHAPES = {
     "model.layers.1.mlp.experts.gate_up_proj": (2, 10, 6),
     "model.layers.1.mlp.experts.down_proj": (2, 6, 5),
@@ -39,6 +43,12 @@ def mixed_models(experts: int) -> Models:
     return Models(models.base, tuned, models.fisher)
 
 
+def allowed(name: str, experts: int) -> int:
+    """The number of fine-tuned models nearest to this one that the method merges."""
+    cls = METHODS[name]
+    return max(cls.fewest_experts, min(experts, cls.most_experts or experts))
+
+
 def bits(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
@@ -56,7 +66,7 @@ def assert_same(a: Merged, b: Merged) -> None:
 def test_row_blocks_of_any_size(name: str, experts: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """1 element: one row at a time. The blocks of a run are always cut the same; here they are cut otherwise, which
     may change a float64 sum in its last digit, and that is lost when the result is rounded to float32."""
-    models = mixed_models(experts)
+    models = mixed_models(allowed(name, experts))
     whole = merge(name, models)
     monkeypatch.setattr(api, "TILE_ELEMENTS", elements)
     assert_same(merge(name, models), whole)
@@ -66,11 +76,11 @@ def test_row_blocks_of_any_size(name: str, experts: int, elements: int, monkeypa
 @pytest.mark.parametrize("wide", [False, True])
 def test_shape_and_dtype(name: str, wide: bool) -> None:
     """The driver asserts the same of every row block: the base's rows, in the dtype it computes in."""
-    models = mixed_models(2)
+    models = mixed_models(allowed(name, 2))
     if wide:
         models.experts[0].update({key: tensor.double() for key, tensor in models.experts[0].items()})
     merged = merge(name, models)
-    method = resolve(name).method
+    method = resolve(name, len(models.experts)).method
     assert list(merged.tensors) == list(models.base)
     assert {key: tensor.shape for key, tensor in merged.tensors.items()} == {k: t.shape for k, t in models.base.items()}
     assert any(tensor.dtype == torch.float64 for tensor in merged.tensors.values()) is wide
@@ -85,7 +95,7 @@ def test_shape_and_dtype(name: str, wide: bool) -> None:
 
 @every_method
 def test_same_inputs_same_bits(name: str) -> None:
-    first, second = (merge(name, mixed_models(2)) for _ in range(2))
+    first, second = (merge(name, mixed_models(allowed(name, 2))) for _ in range(2))
     assert_same(first, second)
     assert (first.reports, first.blocks) == (second.reports, second.blocks)
 
@@ -94,7 +104,7 @@ def test_same_inputs_same_bits(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_equal_models_return_themselves(name: str, dtype: torch.dtype) -> None:
     models = make_models(0, dtype=dtype, extra=SHAPES)
-    models.experts.extend([models.base, models.base])
+    models.experts.extend([models.base] * allowed(name, 2))
     parameters = parameters_at_home(name, density=1.0, coefficient=0.25) | SAME_MODELS.get(name, {})
     merged = merge(name, models, **parameters)
     for key, tensor in merged.tensors.items():
@@ -107,10 +117,12 @@ def test_equal_models_return_themselves(name: str, dtype: torch.dtype) -> None:
 
 @every_method
 def test_order_of_experts_matters_only_by_rounding(name: str) -> None:
-    models = mixed_models(3)
-    merged = merge(name, models)
-    for order in ([1, 2, 0], [2, 1, 0]):
-        turned = merge(name, Models(models.base, [models.experts[i] for i in order], models.fisher))
+    models = mixed_models(allowed(name, 3))
+    parameters = IN_ANY_ORDER.get(name, {})
+    merged = merge(name, models, **parameters)
+    first, *others = range(len(models.experts))
+    for order in ([*others, first], [*reversed(others), first]):
+        turned = merge(name, Models(models.base, [models.experts[i] for i in order], models.fisher), **parameters)
         for key, tensor in merged.tensors.items():
             torch.testing.assert_close(
                 turned.tensors[key], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
@@ -121,7 +133,7 @@ def test_order_of_experts_matters_only_by_rounding(name: str) -> None:
 @pytest.mark.parametrize("experts", [1, 2])
 def test_inputs_are_not_changed(name: str, experts: int) -> None:
     """In float32 the row blocks are views of the inputs, as they are of the engine's read buffer."""
-    models = make_models(experts, dtype=torch.float32, extra=SHAPES)
+    models = make_models(allowed(name, experts), dtype=torch.float32, extra=SHAPES)
     inputs = [models.base, *models.experts, models.fisher]
     before = [{key: tensor.clone() for key, tensor in tensors.items()} for tensors in inputs]
     merge(name, models)
@@ -132,10 +144,10 @@ def test_inputs_are_not_changed(name: str, experts: int) -> None:
 
 @every_method
 def test_reports_are_plain_and_complete(name: str) -> None:
-    models = mixed_models(2)
+    models = mixed_models(allowed(name, 2))
     merged = merge(name, models)
     for key, entry in merged.reports.items():
-        assert len(entry["coefficient"]) == 2, key
+        assert len(entry["coefficient"]) == len(models.experts), key
         for values in entry.values():
             for value in values if isinstance(values, list) else [values]:
                 assert value is None or isinstance(value, (bool, int, float, str)), f"{key}: {values!r}"

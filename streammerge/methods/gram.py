@@ -1,0 +1,170 @@
+"""The Gram matrix of a unit's inputs, measured in one pass, and linear combinations made from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from streammerge.errors import CheckpointError
+from streammerge.methods.api import Pass, Results, RowBlock, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ANTIPODAL = 1e-3  # rad; directions closer than this to opposite ones have no mean worth the name
+
+
+@dataclass(frozen=True)
+class Gram:
+    """The Gram matrix of n vectors, held as squared lengths and mutual squared distances.
+
+    With u = v / |v|:
+
+        <v_i, v_j> = (|v_i|^2 + |v_j|^2 - |v_i - v_j|^2) / 2
+        |u_i - u_j|^2 = (|v_i - v_j|^2 - (|v_i| - |v_j|)^2) / (|v_i| |v_j|)
+
+    Inner products alone would round the angle between close vectors away: cos 1e-8 is 1. The distance does not.
+
+    Attributes:
+        squares: |v_i|^2.
+        distances: |v_i - v_j|^2, row by row.
+    """
+
+    squares: tuple[float, ...]
+    distances: tuple[tuple[float, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.squares)
+
+    @cached_property
+    def norms(self) -> list[float]:
+        return [math.sqrt(square) for square in self.squares]
+
+    def chord2(self, i: int, j: int) -> float:
+        """|u_i - u_j|^2, 0 to 4; 2, a right angle, where a vector is zero."""
+        a, b = self.norms[i], self.norms[j]
+        if a == 0 or b == 0:
+            return 2.0
+        difference = (self.squares[i] - self.squares[j]) / (a + b)
+        return min(max((self.distances[i][j] - difference * difference) / a / b, 0.0), 4.0)
+
+    def cosine(self, i: int, j: int) -> float:
+        return 1 - self.chord2(i, j) / 2
+
+    @property
+    def widest_angle(self) -> float | None:
+        """The largest angle between two of the vectors, in rad; None where fewer than two are not zero."""
+        present = [i for i, norm in enumerate(self.norms) if norm]
+        chords = [self.chord2(i, j) for i in present for j in present if i < j]
+        return 2 * math.asin(math.sqrt(max(chords)) / 2) if chords else None
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Coefficients of the vectors that were measured, and what else a report says of them."""
+
+    coefficients: tuple[float, ...]
+    facts: dict[str, Any]
+
+
+Vectors = Callable[[RowBlock], Sequence["Tensor"]]
+Solve = Callable[[Gram, Unit], Combination]
+
+
+class GramPass(Pass):
+    """Measures the Gram matrix of a unit's inputs and solves for the coefficients of their combination.
+
+    Products are summed in float64 along each row, and the rows' sums exactly (to twice float64's precision), so that
+    the result does not depend on how the rows are cut.
+
+    Args:
+        vectors: row block -> n times [r, c].
+        solve: Gram matrix and unit -> the pass's result.
+    """
+
+    name = "combination"
+
+    def __init__(self, vectors: Vectors, solve: Solve) -> None:
+        self.vectors, self.solve = vectors, solve
+
+    def start(self, unit: Unit, done: Results) -> Any:
+        return {"unit": unit, "sums": {}, "scratch": []}
+
+    def update(self, state: Any, block: RowBlock) -> None:
+        vectors = self.vectors(block)
+        *wide, squares = _scratch(state, len(vectors) + 1, block.base)
+        for i, vector in enumerate(vectors):
+            wide[i].copy_(vector)
+        for i, vector in enumerate(wide):
+            _take(state["sums"], (i, i), squares.copy_(vector).mul_(vector))
+            for j in range(i + 1, len(wide)):
+                _take(state["sums"], (i, j), squares.copy_(vector).sub_(wide[j]).square_())
+
+    def finish(self, state: Any) -> Combination:
+        sums = {pair: math.fsum(parts) for pair, parts in state["sums"].items()}
+        if not all(math.isfinite(value) for value in sums.values()):
+            raise CheckpointError(
+                f"{place_of(state['unit'])}: a value is not finite (NaN or Inf), or their squares overflow, so the "
+                "inputs have no angles; repair the model, or choose a method that needs none"
+            )
+        n = max((i for i, _ in sums), default=-1) + 1
+        squares = tuple(sums[i, i] for i in range(n))
+        distances = tuple(tuple(0.0 if i == j else sums[min(i, j), max(i, j)] for j in range(n)) for i in range(n))
+        return self.solve(Gram(squares, distances), state["unit"])
+
+
+def place_of(unit: Unit) -> str:
+    """What to call a unit in a message."""
+    first = unit.tensors[0].name
+    if len(unit.tensors) == 1:
+        return f"tensor {first!r}"
+    return f"block {unit.tensors[0].block} (tensor {first!r} and others)"
+
+
+def models_of(block: RowBlock) -> list[Tensor]:
+    """The base's and the experts' values."""
+    return [block.base, *block.experts]
+
+
+def combine(vectors: Sequence[Tensor], coefficients: Sequence[float | Tensor]) -> Tensor:
+    """sum_i c_i v_i, around the first vector: v_0 + (sum c - 1) v_0 + sum_i c_i (v_i - v_0).
+
+    So equal vectors with coefficients summing to 1 give themselves, to the bit.
+
+    Args:
+        vectors: n times [r, c].
+        coefficients: n numbers, or float64 tensors [r, 1] or [1, c].
+    """
+    first = vectors[0]
+    excess = math.fsum([*coefficients, -1.0]) if isinstance(coefficients[0], float) else sum(coefficients) - 1.0
+    return add_scaled(first, [first, *(v - first for v in vectors[1:])], [excess, *coefficients[1:]])
+
+
+def add_scaled(start: Tensor, vectors: Sequence[Tensor], coefficients: Sequence[float | Tensor]) -> Tensor:
+    """v + sum_i c_i v_i."""
+    merged = start
+    for vector, coefficient in zip(vectors, coefficients, strict=True):
+        factor = coefficient if isinstance(coefficient, (int, float)) else coefficient.to(start.dtype)
+        merged = merged + vector * factor
+    return merged
+
+
+def _take(sums: dict[tuple[int, int], list[float]], pair: tuple[int, int], squares: Tensor) -> None:
+    """Add the squares of a row block to a pair's sum: the exact sum of the rows' sums as two floats, high and low."""
+    rows = squares.sum(1).tolist()
+    high = math.fsum(rows)
+    low = math.fsum([*rows, -high]) if math.isfinite(high) else 0.0
+    sums.setdefault(pair, []).extend((high, low))
+
+
+def _scratch(state: dict[str, Any], count: int, like: Tensor) -> list[Tensor]:
+    """Float64 tensors of a row block's shape, their memory kept from block to block: new pages cost more than sums."""
+    import torch
+
+    kept = state["scratch"]
+    if not kept or kept[0].numel() < like.numel() or kept[0].device != like.device:
+        kept = state["scratch"] = [like.new_empty(like.numel(), dtype=torch.float64) for _ in range(count)]
+    return [memory[: like.numel()].view(like.shape) for memory in kept]
