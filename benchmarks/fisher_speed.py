@@ -9,8 +9,8 @@ The textbook loop has the whole model in memory, calls `loss.backward()` once pe
 float32 accumulators; gradients and accumulators are those of the decoder blocks' matrices alone, which is what our
 pass measures. Both run as processes of their own on the same synthetic checkpoint and the same tokens; time and
 memory are of the whole process, the import and the loading included. The relative difference is norm-wise per tensor.
-Where the loop takes too long, `--textbook-sequences K` runs it on the first K sequences only and multiplies the time
-of its loop; the table says so.
+A loop that would take longer than `--textbook-minutes` stops after the sequences that fit (one at least); its time is
+scaled up and the table says so.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def ours(base: Path, out: Path, device: str) -> Result:
     return result | {"planned_vram": planned.device_bytes, "ratio": record.ratio}
 
 
-def textbook(base: Path, fisher: Path, device: str, dtype: str, sequences: int) -> Result:
+def textbook(base: Path, fisher: Path, device: str, dtype: str, minutes: float) -> Result:
     """The textbook loop, in this process, compared with the Fisher in `fisher`."""
     import torch
     from safetensors import safe_open
@@ -68,8 +68,11 @@ def textbook(base: Path, fisher: Path, device: str, dtype: str, sequences: int) 
     matrices = {n: p.requires_grad_() for n, p in model.named_parameters() if ".layers." in n and p.dim() > 1}
     sums = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in matrices.items()}
     ids = random_tokens(model.config.vocab_size, 8, 64, 42).to(device)
-    start = time.perf_counter()
-    for row in ids[:sequences]:
+    start, done = time.perf_counter(), 0
+    for row in ids:
+        if done and (time.perf_counter() - start) * (done + 1) / done > 60 * minutes:
+            break
+        done += 1
         logits = model(row[None], use_cache=False).logits[0, :-1].float()
         cross_entropy(logits, row[1:], reduction="sum").backward()
         for name, parameter in matrices.items():
@@ -78,8 +81,8 @@ def textbook(base: Path, fisher: Path, device: str, dtype: str, sequences: int) 
             parameter.grad = None
     if device != "cpu":
         torch.cuda.synchronize()
-    result = {"loop": time.perf_counter() - start, "vram": vram(device)}
-    if sequences == len(ids):
+    result = {"loop": time.perf_counter() - start, "vram": vram(device), "done": done, "of": len(ids)}
+    if done == len(ids):
         differences = []
         for file in sorted(fisher.glob("*.safetensors")):
             with safe_open(file, "pt") as stored:
@@ -138,7 +141,7 @@ def main() -> None:
     add("--shape", choices=SHAPES, help="qwen2-1.5b on the CPU, qwen2-7b on a GPU by default")
     add("--device", default="cpu")
     add("--textbook", choices=("bfloat16", "float32", "none"), default="bfloat16", help="dtype of the textbook loop")
-    add("--textbook-sequences", type=int, default=8, metavar="K", help="of the 8 sequences; the time is scaled up")
+    add("--textbook-minutes", type=float, default=10, metavar="M", help="most time for the loop (%(default)s)")
     add("--out", type=Path, default=Path("benchmarks/out"), help="folder for checkpoint and Fisher")
     add("--mode", choices=("ours", "textbook"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -149,7 +152,7 @@ def main() -> None:
         print(json.dumps(ours(base, fisher, device)))
         return
     if arguments.mode == "textbook":
-        print(json.dumps(textbook(base, fisher, device, arguments.textbook, arguments.textbook_sequences)))
+        print(json.dumps(textbook(base, fisher, device, arguments.textbook, arguments.textbook_minutes)))
         return
     if not base.is_dir():
         make_pair(shape, arguments.out / shape, experts=0)
@@ -164,23 +167,23 @@ def main() -> None:
         f"| ours | {mine['wall']:.0f} s | {mine['loop']:.0f} s | {mine['peak'] / 2**20:.0f} MiB | {planned} | {gpu} |"
     )
     if arguments.textbook != "none":
-        compare(mine, measured_textbook(same, arguments.textbook, arguments.textbook_sequences), arguments)
+        compare(mine, measured_textbook(same, arguments.textbook, arguments.textbook_minutes), arguments.textbook)
     phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in sorted(mine["phases"].items()))
     rate = mine["read"] / 10**9 / max(mine["phases"]["read"], 1e-9)
     print(f"\nours: {phases}; {mine['read'] / 10**9:.1f} GB read at {rate:.1f} GB/s; {mine['stay']} blocks stayed")
 
 
-def measured_textbook(same: list[str], dtype: str, sequences: int) -> Result:
-    result = measured([*same, "--mode", "textbook", "--textbook", dtype, "--textbook-sequences", str(sequences)])
-    missing = result["loop"] / sequences * (8 - sequences)
+def measured_textbook(same: list[str], dtype: str, minutes: float) -> Result:
+    result = measured([*same, "--mode", "textbook", "--textbook", dtype, "--textbook-minutes", str(minutes)])
+    missing = result["loop"] / result["done"] * (result["of"] - result["done"])
     return result | {"wall": result["wall"] + missing, "loop": result["loop"] + missing}
 
 
-def compare(mine: Result, loop: Result, arguments: argparse.Namespace) -> None:
-    scaled = f", scaled from {arguments.textbook_sequences} of 8" if arguments.textbook_sequences < 8 else ""
+def compare(mine: Result, loop: Result, dtype: str) -> None:
+    scaled = f", scaled from {loop['done']} of {loop['of']} sequences" if loop["done"] < loop["of"] else ""
     gpu = f"{loop['vram'] / 2**20:.0f} MiB" if loop["vram"] else "-"
     print(
-        f"| textbook, {arguments.textbook}{scaled} | {loop['wall']:.0f} s | {loop['loop']:.0f} s | "
+        f"| textbook, {dtype}{scaled} | {loop['wall']:.0f} s | {loop['loop']:.0f} s | "
         f"{loop['peak'] / 2**20:.0f} MiB | - | {gpu} |"
     )
     print(f"| ratio | {loop['wall'] / mine['wall']:.1f}x | {loop['loop'] / mine['loop']:.1f}x | ", end="")
