@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import WEIGHTS, edit
 
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.errors import CheckpointError, TransferError
 from streammerge.fisher.blocks import BlockModel
 from streammerge.fisher.feed import BlockFeed, BlockLayout, Slot
+from streammerge.fisher.names import Part
 from streammerge.fisher.phases import Phases
 
 CPU = torch.device("cpu")
@@ -133,13 +135,22 @@ def test_leaving_early_leaves_no_thread(feed: Feed) -> None:
         running._reader.submit(print)
 
 
-def test_slots_are_aligned_and_apart(block_model: BlockModel) -> None:
-    for layout in block_model.layouts:
+def test_slots_are_aligned_and_apart(tmp_path: Path) -> None:
+    """Whatever the sizes and dtypes; what is read into one slot is seen through it alone."""
+    made = {"a": torch.randn(3), "b": torch.randn(5, 7).bfloat16(), "c": torch.randn(()), "d": torch.randn(33).double()}
+    save_file(made, tmp_path / "model.safetensors")
+    with Checkpoint.open(tmp_path, need_config=False) as base:
+        layout = BlockLayout.of((name, t.shape, (Part(base.info(name), 0),)) for name, t in made.items())
         end = 0
-        for slot in layout.slots:
+        for slot, (name, values) in zip(layout.slots, made.items(), strict=True):
+            assert (slot.parameter, slot.dtype, slot.shape) == (name, values.dtype, values.shape)
             assert slot.start % 64 == 0 and slot.start >= end
-            end = slot.start + slot.shape.numel() * slot.dtype.itemsize
+            end = slot.start + values.nbytes
         assert end <= layout.size < end + 64
+        with BlockFeed(base, [layout], [0], CPU, (), Phases()) as running:
+            _, raw = running.take()
+            for slot in layout.slots:
+                assert torch.equal(slot.view(raw), made[slot.parameter])
 
 
 def test_a_slot_is_a_view() -> None:

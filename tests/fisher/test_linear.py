@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from streammerge.fisher import linear
 from streammerge.fisher.linear import Factors, LinearFunctions, MixedSequencesError, product, product_back
@@ -215,16 +217,24 @@ def test_mixed_sequences_are_noticed_before_anything_is_computed(one: Workers) -
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("call", [torch.matmul, lambda a, b: a @ b, Tensor.matmul, torch.bmm])
 def test_products_in_half_precision_are_made_in_float32(
-    one: Workers, units: bool, dtype: torch.dtype, call: object
+    one: Workers, units: bool, dtype: torch.dtype, call: Callable[..., Tensor]
 ) -> None:
     """Of attention; one rounding, where the processor has no units for the dtype."""
     left, right = normal(3, 5, 40, dtype=dtype), normal(3, 40, 7, seed=1, dtype=dtype)
-    with LinearFunctions({}, one).group(1, 1):
-        found = call(left, right)  # type: ignore[operator]
-    assert found.dtype == dtype
-    if dtype == torch.float16 or not units:
-        assert torch.equal(found, (left.float() @ right.float()).to(dtype))
-    assert torch.equal(call(left.float(), right.float()), left.float() @ right.float())  # type: ignore[operator]
+    multiplied: list[torch.dtype] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "mm" in str(func):
+                multiplied.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    with Watch(), LinearFunctions({}, one).group(1, 1):
+        found = call(left, right)
+        call(left.float(), right.float())
+    detour = dtype == torch.float16 or not units
+    assert multiplied == [torch.float32 if detour else dtype, torch.float32] and found.dtype == dtype
+    assert not detour or torch.equal(found, (left.float() @ right.float()).to(dtype))
 
 
 def test_whether_there_are_units_is_what_the_processor_says() -> None:
