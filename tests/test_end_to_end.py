@@ -118,6 +118,16 @@ def test_fim_ties_equals_the_naive_merge(pair: tuple[Path, Path], textbook: dict
         assert result["tensors"][name]["norm_ratio"] == pytest.approx(ratio, abs=1e-5)
 
 
+def test_from_the_same_fisher_the_merge_is_the_naive_one(
+    pair: tuple[Path, Path], measured: Path, tmp_path: Path
+) -> None:
+    merge(pair, tmp_path / "out", fisher=measured)
+    naive = naive_fim(load(pair[0]), [load(pair[1])], load(measured))
+    total, differing, unexplained = agree(load(tmp_path / "out"), naive)
+    assert differing <= 0.001 * total
+    assert unexplained == 0
+
+
 def test_a_tight_norm_tolerance_rescales_as_the_naive_merge_does(
     pair: tuple[Path, Path], textbook: dict[str, Tensor], tmp_path: Path
 ) -> None:
