@@ -93,10 +93,15 @@ def apart(state: State, kind: str) -> State:
 
 
 def assert_close(found: State, expected: State, tolerance: float = 1e-5) -> None:
-    """Norm of the difference over the norm of what is expected, of every tensor that was found."""
+    """Norm of the difference over the norm of what is expected, of every tensor that was found.
+
+    A Fisher of 1e-12 of the largest is rounding of gradients that are zero (the queries of one key), which differs
+    between processors.
+    """
+    rounding = 1e-12 * max(float(values.double().norm()) for values in expected.values())
     for name, values in found.items():
         wanted = expected[name].double()
-        distance = (values.double() - wanted).norm() / wanted.norm().clamp(min=1e-300)
+        distance = (values.double() - wanted).norm() / wanted.norm().clamp(min=max(rounding / tolerance, 1e-300))
         assert distance <= tolerance, f"{name}: {distance:.2e}"
 
 
