@@ -53,9 +53,20 @@ class Budget:
 
 
 def make_budget(
-    max_ram: int, threads: int | None, units: Sequence[Unit], inputs: Mapping[str, Sequence[TensorInfo]]
+    max_ram: int,
+    threads: int | None,
+    units: Sequence[Unit],
+    inputs: Mapping[str, Sequence[TensorInfo]],
+    held: Mapping[str, int] | None = None,
 ) -> Budget:
     """Cut `max_ram` into workers. Fewer workers are taken where it is too small for all.
+
+    Args:
+        max_ram: bytes for buffers and temporaries.
+        threads: workers wanted.
+        units: the work.
+        inputs: what is read for each tensor.
+        held: bytes a method holds for a tensor besides its row blocks' temporaries.
 
     Raises:
         MemoryBudgetError: not even one tile of every tensor fits, with the smallest budget that does.
@@ -63,7 +74,10 @@ def make_budget(
     tensors = [tensor for unit in units for tensor in unit.tensors]
     tile = max(run_bytes(t, inputs[t.name], t.tile_rows) for t in tensors)
     # Temporaries per tile and element: base, Fisher, sums, float64 copies; five per expert.
-    scratch = max(t.tile_rows * t.columns * 4 * (10 + 5 * (len(inputs[t.name]) - 1)) for t in tensors)
+    held = held or {}
+    scratch = max(
+        t.tile_rows * t.columns * 4 * (10 + 5 * (len(inputs[t.name]) - 1)) + held.get(t.name, 0) for t in tensors
+    )
     least = tile + scratch
     if least > max_ram:
         widest = max(tensors, key=lambda t: run_bytes(t, inputs[t.name], t.tile_rows))

@@ -19,6 +19,7 @@ from streammerge.errors import RecipeError, StreammergeError
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FisherRecord, FisherSettings
 from streammerge.options import (
+    AimOmega,
     AllowNonfinite,
     AsJson,
     Base,
@@ -41,6 +42,8 @@ from streammerge.options import (
     SaveFisher,
     Threads,
     TrustRemoteCode,
+    calibration_options,
+    calibration_settings,
     fisher_options,
     fisher_settings,
     method_options,
@@ -69,6 +72,7 @@ def merge(
     hub_ft: HubFt = None,
     out: Out = None,
     method: MethodName = None,
+    aim: AimOmega = None,
     fisher: FisherFrom = None,
     save_fisher: SaveFisher = None,
     device: Device = None,
@@ -91,11 +95,12 @@ def merge(
     """
     values = load_recipe(recipe) if recipe else {}
     values |= _models(base, ft, hub_base, hub_ft)
-    settings = {"method": method, "max_shard_bytes": max_shard_size, "fisher_from": str(fisher) if fisher else None}
+    settings = {"method": method, "max_shard_bytes": max_shard_size, "fisher_from": fisher or None, "aim": aim}
     values |= {key: value for key, value in settings.items() if value is not None}
     if allow_nonfinite:
         values["allow_nonfinite"] = True
     values["fisher"] = {**_mapping(values, "fisher"), **fisher_settings(options)}
+    values["calibration"] = {**_mapping(values, "calibration"), **calibration_settings(options)}
     given = {name: options[name] for name in parameter_help() if options.get(name)}
     values["parameters"] = {**_mapping(values, "parameters"), **{k: _plain(v) for k, v in given.items()}}
     values["models"] = _without(values.get("models"), given)
@@ -326,8 +331,9 @@ def _root(
     del version
 
 
-_register(merge, *method_options(), *fisher_options())
-_register(plan, *method_options(), *fisher_options(), like=merge, drop="out save_fisher overwrite dry_run quiet")
+_options = [*method_options(), *fisher_options(), *calibration_options()]
+_register(merge, *_options)
+_register(plan, *_options, like=merge, drop="out save_fisher overwrite dry_run quiet")
 _register(fisher, *fisher_options(bare=True))
 _register(verify)
 _register(demo)

@@ -37,8 +37,9 @@ class Engine:
             surveys: dict[TensorContext, Any] = {}
             if surveyed:
                 self._work("Survey", surveyed, self.plan.survey_bytes, lambda r, unit: self._survey(r, unit, surveys))
-            fisher = self.plan.fisher[1] if self.plan.fisher else None
-            self.method = self.method.prepared({u.tensors[0]: surveys[u.tensors[0]] for u in surveyed}, fisher)
+            in_order = {unit.tensors[0]: surveys[unit.tensors[0]] for unit in surveyed}
+            records = [record for _, record in self.plan.fishers]
+            self.method = self.method.prepared(in_order, records, self.plan.calibrated)
             self._work("Merge", units, self.plan.merge_bytes, self._merge)
             self.writer.wait()
         return self.method, {tensor.name: self.writer.entries[tensor.name] for tensor in self.plan.contexts}
@@ -95,10 +96,12 @@ class Engine:
         reader.open(unit, inputs)
         results: dict[str, Any] = {}
         if action == "merge":
+            if self.plan.calibrated is not None:
+                results["calibrated"] = {tensor.name: self.plan.calibrated.of(tensor.name) for tensor in unit.tensors}
             for step in self.method.passes(unit):
                 state = step.start(unit, results)
                 if state is not None:
-                    for block in reader.blocks():
+                    for block in reader.blocks() if step.reads_rows else ():
                         step.update(state, block)
                     results[step.name] = step.finish(state)
         for block in reader.blocks():
@@ -123,7 +126,7 @@ class Engine:
         return Inputs(
             Input(plan.base, plan.base.tensors[name]),
             tuple(Input(model, info) for model, info in experts),
-            Input(plan.fisher[0], plan.fisher[0].info(name)) if fisher and plan.fisher else None,
+            tuple(Input(model, model.info(name)) for model, _ in plan.fishers) if fisher else (),
         )
 
     def _require_same(self, block: RowBlock, inputs: Inputs) -> None:

@@ -10,6 +10,9 @@ from typing import Any
 
 from streammerge._version import __version__
 from streammerge.budget import DEFAULT_MAX_RAM
+from streammerge.calibration import calibrate
+from streammerge.calibration import check as check_calibration
+from streammerge.calibration.store import text_digests
 from streammerge.checkpoints.checkpoint import CARD_FILE, MANIFEST_FILE, Checkpoint
 from streammerge.checkpoints.locate import require_pinned
 from streammerge.checkpoints.output import WORK_DIR, check_output
@@ -69,29 +72,37 @@ def merge(
             require_pinned(job.recipe.base)
         check_output(out, [model.folder for model in (job.base, *job.experts)], overwrite)
         sources = _sources(job)
-        if job.fisher is not None:
-            check_same_base(job.fisher[1], job.base, sources[0]["fingerprint"])
-        if save_fisher is not None and job.fisher is not None:
-            raise RecipeError("a Fisher is reused, so there is no new one to save: give one of the two folders")
-        if save_fisher is not None and not job.method.needs_fisher:
-            raise RecipeError(f"method {job.recipe.method} with these parameters uses no Fisher to save")
-        if save_fisher is not None and not _is_finished(Path(save_fisher)):
-            check_output(Path(save_fisher), [job.base.folder, out], overwrite=False)
-        identity = {"version": __version__, "recipe": resolved_recipe(job), "sources": sources}
-        fisher = Path(save_fisher) if save_fisher is not None else out / WORK_DIR / "fisher"
-        measures = job.method.needs_fisher and job.fisher is None
-        if measures and save_fisher is not None and _is_finished(fisher):
-            job.fisher = _left_fisher(job, fisher, sources[0]["fingerprint"])
-            stack.enter_context(job.fisher[0])
-        elif measures:
-            check_fisher(job.base, job.recipe.fisher, run)
+        for (_, record), model, source in zip(job.fishers, job.of_fishers, sources, strict=bool(job.fishers)):
+            check_same_base(record, model, source["fingerprint"])
+        if save_fisher is not None:
+            _check_save_fisher(job, Path(save_fisher), out)
+        texts = text_digests(job.recipe.calibration)
+        identity = {"version": __version__, "recipe": resolved_recipe(job), "sources": sources, "texts": texts}
+        folders = [out / WORK_DIR / f"fisher-{number}" for number in range(len(job.of_fishers))]
+        if save_fisher is not None:
+            folders[0] = Path(save_fisher)
+        unmeasured = [] if job.fishers else [*zip(folders, job.of_fishers, strict=True)]
+        for folder, model in unmeasured:
+            if save_fisher is None or not _is_finished(folder):
+                check_fisher(model, job.recipe.fisher, run)
+        if job.method.calibration:
+            check_calibration(job.models, job.recipe.calibration, run)
         writer = stack.enter_context(CheckpointWriter(out, job.shards, identity, fresh=overwrite))
         try:
-            if measures and job.fisher is None:
-                if not _is_finished(fisher):
-                    _measure(job, fisher, run, overwrite, progress)
-                job.fisher = _left_fisher(job, fisher, sources[0]["fingerprint"])
-                stack.enter_context(job.fisher[0])
+            for number, (folder, model) in enumerate(unmeasured):
+                if not _is_finished(folder):
+                    _measure(job, model, folder, run, overwrite, progress)
+                job.fishers.append(_left_fisher(job, model, folder, sources[number]["fingerprint"]))
+                stack.enter_context(job.fishers[-1][0])
+            if job.method.calibration:
+                job.calibrated = calibrate(
+                    job.models,
+                    job.recipe.calibration,
+                    job.method.calibration,
+                    out / WORK_DIR / "calibration",
+                    run,
+                    progress=progress,
+                )
             method, entries = Engine(job, writer, progress).run()
             result = manifest(job, method, sources, entries, writer.finished)
             files: dict[str, bytes | Path] = {name: job.base.folder / name for name in job.base.side_files()}
@@ -104,13 +115,27 @@ def merge(
     return result
 
 
+def _check_save_fisher(job: MergePlan, folder: Path, out: Path) -> None:
+    if job.fishers:
+        raise RecipeError("a Fisher is reused, so there is no new one to save: give one of the two folders")
+    if not job.method.needs_fisher:
+        raise RecipeError(f"method {job.recipe.method} with these parameters uses no Fisher to save")
+    if job.method.fisher_of_experts:
+        raise RecipeError(
+            f"method {job.recipe.method} measures a Fisher of every model, and --save-fisher keeps one: make each with "
+            "`streammerge fisher` and give them with --fisher"
+        )
+    if not _is_finished(folder):
+        check_output(folder, [job.base.folder, out], overwrite=False)
+
+
 def _is_finished(fisher: Path) -> bool:
     return (fisher / FISHER_FILE).is_file() and not (fisher / WORK_DIR).exists()
 
 
-def _measure(job: MergePlan, folder: Path, run: FisherRun, overwrite: bool, progress: bool) -> None:
+def _measure(job: MergePlan, model: Checkpoint, folder: Path, run: FisherRun, overwrite: bool, progress: bool) -> None:
     measure_fisher(
-        job.base,
+        model,
         folder,
         job.recipe.fisher,
         device=run.device,
@@ -123,11 +148,11 @@ def _measure(job: MergePlan, folder: Path, run: FisherRun, overwrite: bool, prog
     )
 
 
-def _left_fisher(job: MergePlan, folder: Path, fingerprint: str) -> tuple[Checkpoint, FisherRecord]:
-    """The Fisher in `folder`, by this or an earlier run."""
-    fisher = open_fisher(folder, job.base, job.recipe.fisher, [tensor.name for tensor in job.surveyed])
+def _left_fisher(job: MergePlan, model: Checkpoint, folder: Path, fingerprint: str) -> tuple[Checkpoint, FisherRecord]:
+    """The model's Fisher in `folder`, by this or an earlier run."""
+    fisher = open_fisher(folder, model, job.recipe.fisher, job.with_fisher)
     try:
-        check_same_base(fisher[1], job.base, fingerprint)
+        check_same_base(fisher[1], model, fingerprint)
     except BaseException:
         fisher[0].close()
         raise
@@ -136,8 +161,7 @@ def _left_fisher(job: MergePlan, folder: Path, fingerprint: str) -> tuple[Checkp
 
 def _sources(job: MergePlan) -> list[dict[str, Any]]:
     models = [("base", job.base), *(("expert", expert) for expert in job.experts)]
-    if job.fisher is not None:
-        models.append(("fisher", job.fisher[0]))
+    models += [("fisher", fisher) for fisher, _ in job.fishers]
     return [
         {"role": role, "id": model.id, "revision": model.revision, "fingerprint": model.fingerprint()}
         for role, model in models

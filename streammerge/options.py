@@ -7,17 +7,28 @@ method needs no line here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
+from streammerge.calibration.store import CalibrationSettings
 from streammerge.fisher.store import FisherSettings
 from streammerge.methods import METHODS
-from streammerge.recipe import DEFAULT_METHOD
+from streammerge.recipe import DEFAULT_METHOD, Recipe
 
-MODELS, METHOD, FISHER, RESOURCES = "Models", "Parameters of the methods", "Fisher", "Resources"
+MODELS, METHOD, RESOURCES = "Models", "Parameters of the methods", "Resources"
+FISHER, CALIBRATION = "Fisher", "Calibration text"
+
+
+def _described(model: type[BaseModel], key: str) -> str:
+    text = model.model_fields[key].description or ""
+    return f"{text[:1].upper()}{text[1:]}."
+
 
 RecipeFile = Annotated[Path | None, typer.Argument(help="YAML recipe; options override its values.")]
 Base = Annotated[str | None, typer.Option(help="Base model: folder or org/name\\[@revision].", rich_help_panel=MODELS)]
@@ -31,9 +42,18 @@ HubFt = Annotated[
 MethodName = Annotated[
     str | None, typer.Option("--method", "-m", help=f"Merge method: {', '.join(METHODS)}. (default: {DEFAULT_METHOD})")
 ]
+AimOmega = Annotated[
+    float | None,
+    typer.Option("--aim", metavar="OMEGA", min=0, max=1, help=_described(Recipe, "aim"), rich_help_panel=CALIBRATION),
+]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Output folder: new, empty, or left unfinished.")]
 FisherFrom = Annotated[
-    Path | None, typer.Option("--fisher", help="Folder of a Fisher to reuse.", rich_help_panel=FISHER)
+    list[str] | None,
+    typer.Option(
+        "--fisher",
+        help="Folder of a Fisher to reuse; for fisher_average the base's and then each fine-tuned model's.",
+        rich_help_panel=FISHER,
+    ),
 ]
 SaveFisher = Annotated[
     Path | None, typer.Option(help="Keep the Fisher in this folder, for other merges.", rich_help_panel=FISHER)
@@ -105,16 +125,34 @@ def method_options() -> Iterator[inspect.Parameter]:
 def fisher_options(bare: bool = False) -> Iterator[inspect.Parameter]:
     """An option for each setting of the Fisher; with `bare`, its name alone does too."""
     for key, field in FisherSettings.model_fields.items():
-        flag = field.annotation is bool
-        name = key if flag else f"fisher_{key}"
-        default = "" if field.default in (None, False) else f" (default: {field.default})"
-        text = f"{(field.description or '')[:1].upper()}{(field.description or '')[1:]}{default}."
-        names = [key, name] if bare and not flag else [name]
-        option = typer.Option(*(f"--{name.replace('_', '-')}" for name in names), help=text, rich_help_panel=FISHER)
-        kind: Any = Annotated[bool, option] if flag else Annotated[str | None, option]
-        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False if flag else None, annotation=kind)
+        name = key if field.annotation is bool else f"fisher_{key}"
+        yield _setting_option(name, field, FISHER, [key] if bare and name != key else [])
 
 
 def fisher_settings(options: dict[str, Any]) -> dict[str, Any]:
     named = {key: options.get(key, options.get(f"fisher_{key}")) for key in FisherSettings.model_fields}
     return {key: value for key, value in named.items() if value not in (None, False)}
+
+
+def calibration_options() -> Iterator[inspect.Parameter]:
+    """`--calibration` for the text, and an option for each other setting of a calibration."""
+    for key, field in CalibrationSettings.model_fields.items():
+        yield _setting_option("calibration" if key == "text" else f"calibration_{key}", field, CALIBRATION)
+
+
+def calibration_settings(options: dict[str, Any]) -> dict[str, Any]:
+    names = {key: "calibration" if key == "text" else f"calibration_{key}" for key in CalibrationSettings.model_fields}
+    return {key: options[name] for key, name in names.items() if options.get(name)}
+
+
+def _setting_option(name: str, field: FieldInfo, panel: str, aliases: Sequence[str] = ()) -> inspect.Parameter:
+    """The option of one field of a settings schema: a flag, a value, or for a list a value that may be repeated."""
+    default = "" if field.default in (None, False, PydanticUndefined) else f" (default: {field.default})"
+    text = f"{(field.description or '')[:1].upper()}{(field.description or '')[1:]}{default}."
+    option = typer.Option(*(f"--{n.replace('_', '-')}" for n in (*aliases, name)), help=text, rich_help_panel=panel)
+    if field.annotation is bool:
+        kind: Any = Annotated[bool, option]
+    else:
+        kind = Annotated[list[str] | None if field.default is PydanticUndefined else str | None, option]
+    unset = False if field.annotation is bool else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=unset, annotation=kind)

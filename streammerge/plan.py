@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from streammerge.budget import DEFAULT_MAX_RAM, IMPORT_BYTES, Budget, make_budget, unit_bytes
+from streammerge.calibration import CalibrationCost, calibration_cost
+from streammerge.calibration.store import Calibrated, check_texts
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
 from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.layout import Shard, plan_shards
@@ -33,7 +35,9 @@ class MergePlan:
         recipe: the recipe.
         base, experts: the checkpoints.
         matches: each expert's tensors under the base's names.
-        fisher: the Fisher to reuse, with its record; None: to be measured, or not needed.
+        fishers: the Fishers the method reads, with their records, the base's first; none yet where they are to be
+            measured.
+        calibrated: what was measured on a calibration text, once it is.
         resolved: the method with every parameter filled in.
         actions: what is done with each output tensor, by name.
         units: the work, in output order.
@@ -46,7 +50,7 @@ class MergePlan:
     base: Checkpoint
     experts: list[Checkpoint]
     matches: list[Match]
-    fisher: tuple[Checkpoint, FisherRecord] | None
+    fishers: list[tuple[Checkpoint, FisherRecord]]
     resolved: Resolved
     actions: dict[str, Action]
     units: list[Unit]
@@ -55,11 +59,29 @@ class MergePlan:
     notes: list[str]
 
     def __post_init__(self) -> None:
+        self.calibrated: Calibrated | None = None
         self._open = ExitStack()
 
     @property
     def method(self) -> Method:
         return self.resolved.method
+
+    @property
+    def models(self) -> list[Checkpoint]:
+        """The base and the fine-tuned models."""
+        return [self.base, *self.experts]
+
+    @property
+    def of_fishers(self) -> list[Checkpoint]:
+        """The models whose Fishers the method needs."""
+        if not self.method.needs_fisher:
+            return []
+        return self.models if self.method.fisher_of_experts else [self.base]
+
+    @property
+    def with_fisher(self) -> list[str]:
+        """The tensors that a Fisher must hold."""
+        return _with_fisher(self.contexts, self.actions, self.method)
 
     @property
     def contexts(self) -> list[TensorContext]:
@@ -73,14 +95,14 @@ class MergePlan:
     def passes(self, unit: Unit) -> int:
         """How often the unit is gone through at most, the writing one included."""
         merged = self.actions[unit.tensors[0].name] == "merge"
-        return 1 + (len(self.method.passes(unit)) if merged else 0)
+        return 1 + (sum(step.reads_rows for step in self.method.passes(unit)) if merged else 0)
 
     def inputs(self, tensor: TensorContext) -> list[TensorInfo]:
         """The tensor in the base, the experts that are read for it and, where it is read, the Fisher."""
         base = self.base.tensors[tensor.name]
         infos = [base, *(info for _, info in self.expert_inputs(tensor))]
         if self.reads_fisher(tensor):
-            infos.append(self._fisher_info(base))
+            infos += self._fisher_infos(base)
         return infos
 
     def expert_inputs(self, tensor: TensorContext) -> list[tuple[Checkpoint, TensorInfo]]:
@@ -98,15 +120,15 @@ class MergePlan:
         base = self.base.tensors[tensor.name]
         infos = [base, *(match.tensors[tensor.name] for match in self.matches)]
         survey = self.method.survey(tensor)
-        return [*infos, self._fisher_info(base)] if survey and survey.reads_fisher else infos
+        return infos + self._fisher_infos(base) if survey and survey.reads_fisher else infos
 
-    def _fisher_info(self, base: TensorInfo) -> TensorInfo:
-        """The Fisher's tensor; before it is measured, one of the size it will have."""
-        if self.fisher is not None:
-            return self.fisher[0].info(base.name)
+    def _fisher_infos(self, base: TensorInfo) -> list[TensorInfo]:
+        """The tensor in every Fisher; before they are measured, entries of the size it will have."""
+        if self.fishers:
+            return [fisher.info(base.name) for fisher, _ in self.fishers]
         dtype = self.recipe.fisher.dtype or "bfloat16"
         width = 4 if dtype == "float32" else 2
-        return TensorInfo(base.name, STORED_AS[dtype], base.shape, "", 0, width * base.numel)
+        return [TensorInfo(base.name, STORED_AS[dtype], base.shape, "", 0, width * base.numel)] * len(self.of_fishers)
 
     def survey_bytes(self, unit: Unit) -> int:
         """What the survey of a unit reads."""
@@ -126,8 +148,11 @@ class MergePlan:
     def summary(self, run: FisherRun | None = None) -> dict[str, Any]:
         """What `streammerge plan` prints; `run`: how a Fisher pass would be run."""
         merges = IMPORT_BYTES + self.budget.total
-        measures = self.method.needs_fisher and self.fisher is None
-        fisher = place(self.base, self.recipe.fisher, run or FisherRun()) if measures else None
+        run = run or FisherRun()
+        measured = [] if self.fishers else self.of_fishers
+        placed = [place(model, self.recipe.fisher, run) for model in measured]
+        calibration = self._calibration_cost()
+        passes_host = [fisher.host_bytes for fisher in placed] + ([calibration.host_bytes] if calibration else [])
         return {
             "method": self.recipe.method,
             "parameters_of_method": self.resolved.parameters,
@@ -142,18 +167,31 @@ class MergePlan:
             "copied": sum(action != "merge" for action in self.actions.values()),
             "passes": max(self.passes(unit) for unit in self.units),
             "bytes_to_read": self.bytes_to_read(),
-            "fisher_bytes_to_read": fisher.bytes_to_read if fisher else 0,
+            "fisher_bytes_to_read": sum(fisher.bytes_to_read for fisher in placed),
+            "calibration_bytes_to_read": calibration.bytes_to_read if calibration else 0,
             "bytes_to_write": sum(shard.size for shard in self.shards),
             "shards": len(self.shards),
             "workers": self.budget.workers,
-            "peak_host_bytes": max(merges, fisher.host_bytes if fisher else 0),
+            "peak_host_bytes": max([merges, *passes_host]),
             "peak_merge_bytes": merges,
-            "fisher_placement": asdict(fisher) if fisher else None,
-            "fisher": "none"
-            if not self.method.needs_fisher
-            else self.recipe.fisher_from or f"measured on {self.recipe.fisher.probes}",
+            "fisher_placement": asdict(max(placed, key=lambda fisher: fisher.host_bytes)) if placed else None,
+            "fisher": self._fisher_source(),
+            "calibration": asdict(calibration) if calibration else None,
             "notes": self.notes,
         }
+
+    def _fisher_source(self) -> str:
+        if not self.method.needs_fisher:
+            return "none"
+        measured = f"measured on {self.recipe.fisher.probes}"
+        if self.method.fisher_of_experts:
+            measured += ", of every model"
+        return ", ".join(self.recipe.fisher_from) or measured
+
+    def _calibration_cost(self) -> CalibrationCost | None:
+        if not self.method.calibration:
+            return None
+        return calibration_cost(self.models, self.recipe.calibration, self.method.calibration)
 
     def close(self) -> None:
         self._open.close()
@@ -189,6 +227,7 @@ def plan(
         matches = match_experts(base, experts)
         method = resolved.method
         _refuse_useless_fisher(recipe, method)
+        check_texts(recipe.calibration, method.calibration, 1 + len(experts), recipe.method)
         prefix = decoder_prefix(base.tensors)
         shards = plan_shards(
             ((name, info.dtype, info.shape) for name, info in base.tensors.items()), recipe.max_shard_bytes
@@ -199,25 +238,38 @@ def plan(
             for info in shard.tensors
         ]
         actions = {tensor.name: _action(method, tensor, base, matches) for tensor in contexts}
-        fisher = None
-        if method.needs_fisher and recipe.fisher_from is not None:
-            needed = [tensor.name for tensor in _surveyed(contexts, actions, method)]
-            fisher = open_fisher(Path(recipe.fisher_from), base, recipe.fisher, needed)
-            stack.enter_context(fisher[0])
+        fishers = []
+        if recipe.fisher_from:
+            needed = _with_fisher(contexts, actions, method)
+            for folder, model in zip(recipe.fisher_from, [base, *experts], strict=False):
+                fishers.append(open_fisher(Path(folder), model, recipe.fisher, needed))
+                stack.enter_context(fishers[-1][0])
         notes = [note for match in matches for note in match.notes]
         units = _units(contexts, actions, method)
         unbounded = Budget(1, 0, 0)
-        job = MergePlan(recipe, base, experts, matches, fisher, resolved, actions, units, shards, unbounded, notes)
-        job.budget = make_budget(max_ram, threads, units, {t.name: job.inputs(t) for t in contexts})
+        job = MergePlan(recipe, base, experts, matches, fishers, resolved, actions, units, shards, unbounded, notes)
+        held = {t.name: method.workspace(t) for t in contexts if actions[t.name] == "merge"}
+        job.budget = make_budget(max_ram, threads, units, {t.name: job.inputs(t) for t in contexts}, held)
         job._open = stack.pop_all()
         return job
 
 
 def _refuse_useless_fisher(recipe: Recipe, method: Method) -> None:
-    if not method.needs_fisher and (
-        recipe.fisher_from is not None or recipe.fisher != FisherSettings.model_validate({})
-    ):
+    given = len(recipe.fisher_from)
+    if not method.needs_fisher and (given or recipe.fisher != FisherSettings.model_validate({})):
         raise RecipeError(f"method {recipe.method} with these parameters uses no Fisher: leave out the Fisher options")
+    wanted = 1 + len(recipe.models) if method.fisher_of_experts else 1
+    if given not in (0, wanted):
+        raise RecipeError(
+            f"method {recipe.method} with these models takes {wanted} Fisher(s), {given} given: --fisher once for the "
+            + ("base and once for each fine-tuned model, in order" if method.fisher_of_experts else "base model")
+        )
+
+
+def _with_fisher(contexts: list[TensorContext], actions: Mapping[str, Action], method: Method) -> list[str]:
+    surveyed = {tensor.name for tensor in _surveyed(contexts, actions, method)} if method.needs_fisher else set()
+    merged = [tensor for tensor in contexts if actions[tensor.name] == "merge"]
+    return [tensor.name for tensor in merged if tensor.name in surveyed or method.reads_fisher(tensor)]
 
 
 def _surveyed(contexts: list[TensorContext], actions: Mapping[str, Action], method: Method) -> list[TensorContext]:

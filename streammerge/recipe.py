@@ -11,10 +11,12 @@ from typing import Any
 import yaml
 from pydantic import Field, field_validator
 
+from streammerge.calibration.store import CalibrationSettings
 from streammerge.errors import RecipeError
 from streammerge.fisher import DEFAULT_SHARD_BYTES
 from streammerge.fisher.store import FisherSettings
 from streammerge.methods import METHODS
+from streammerge.methods.aim import Aim
 from streammerge.methods.api import Method, ModelFacts
 from streammerge.schema import Strict, build, suggest
 from streammerge.units import parse_size
@@ -37,9 +39,22 @@ class Recipe(Strict):
     method: str = Field(DEFAULT_METHOD, description="merge method")
     parameters: dict[str, Any] = Field(default_factory=dict, description="the method's parameters")
     fisher: FisherSettings = Field(default_factory=lambda: build(FisherSettings, {}, "fisher"))
-    fisher_from: str | None = Field(None, description="folder of a Fisher to reuse")
+    fisher_from: list[str] = Field(default_factory=list, description="folders of Fishers to reuse, the base's first")
+    calibration: CalibrationSettings = Field(default_factory=lambda: build(CalibrationSettings, {}, "calibration"))
+    aim: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="omega of AIM, a post-step of any method: how much of a change is left at the base's largest "
+        "activations; 0.4 is usual",
+    )
     max_shard_bytes: int = Field(DEFAULT_SHARD_BYTES, ge=1, description="largest shard, e.g. 5GB")
     allow_nonfinite: bool = Field(False, description="let NaN and Inf in the inputs through")
+
+    @field_validator("fisher_from", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [] if value is None else [value] if isinstance(value, str) else value
 
     @field_validator("models", mode="before")
     @classmethod
@@ -139,9 +154,10 @@ def resolve_method(recipe: Recipe, parameter_count: int) -> Resolved:
     for index, spec in enumerate(recipe.models):
         values = {key: _for_expert(key, value, index, recipe.models, what) for key, value in shared.items()}
         experts.append(build(cls.Expert, values | spec.parameters, f"{what}, model {spec.model}"))
-    facts = ModelFacts(parameter_count, tuple(spec.model for spec in recipe.models))
+    facts = ModelFacts(parameter_count, tuple(spec.model for spec in recipe.models), recipe.calibration.rows)
     method = cls(parameters, experts, facts)
-    return Resolved(method, parameters.model_dump(), [expert.model_dump() for expert in method.experts])
+    filled = [expert.model_dump() for expert in method.experts]
+    return Resolved(method if recipe.aim is None else Aim(method, recipe.aim), parameters.model_dump(), filled)
 
 
 def _for_expert(key: str, value: Any, index: int, models: Sequence[ExpertSpec], what: str) -> Any:

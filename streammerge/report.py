@@ -122,6 +122,7 @@ def plan_text(summary: Mapping[str, Any]) -> str:
         *(("model", _with_parameters(model)) for model in summary["models"]),
         ("method", f"{summary['method']} ({_pairs(summary['parameters_of_method'])})"),
         ("Fisher", fisher),
+        *([("calibration", _calibration(summary["calibration"]))] if summary["calibration"] else []),
         ("tensors", f"{summary['tensors']} ({summary['merged']} merged, {summary['copied']} copied from the base)"),
         ("parameters", f"{summary['parameters']:,}"),
         ("to read", _to_read(summary)),
@@ -151,8 +152,17 @@ def _placement(fisher: Mapping[str, Any]) -> str:
 
 def _to_read(summary: Mapping[str, Any]) -> str:
     text = f"{format_size(summary['bytes_to_read'])} at most"
-    fisher = summary["fisher_bytes_to_read"]
-    return text + (f", and {format_size(fisher)} for the Fisher" if fisher else "")
+    for what, size in (
+        ("Fisher", summary["fisher_bytes_to_read"]),
+        ("calibration", summary["calibration_bytes_to_read"]),
+    ):
+        text += f", and {format_size(size)} for the {what}" if size else ""
+    return text
+
+
+def _calibration(cost: Mapping[str, Any]) -> str:
+    what = ", ".join(name.replace("_", " ") for name in cost["measurements"])
+    return f"{what} on {cost['tokens']} tokens per text, {format_memory(cost['host_bytes'])} of RAM"
 
 
 def _with_parameters(model: Mapping[str, Any]) -> str:

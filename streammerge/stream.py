@@ -33,11 +33,11 @@ class Inputs:
 
     base: Input
     experts: tuple[Input, ...] = ()
-    fisher: Input | None = None
+    fishers: tuple[Input, ...] = ()
 
     @property
     def all(self) -> tuple[Input, ...]:
-        return (self.base, *self.experts, *((self.fisher,) if self.fisher else ()))
+        return (self.base, *self.experts, *self.fishers)
 
     @property
     def infos(self) -> list[TensorInfo]:
@@ -105,9 +105,9 @@ class RowReader:
             self.bytes_read += len(raw)
             views.append(view)
             position += aligned(len(raw))
-        fisher = views.pop() if inputs.fisher else None
-        wide = any(source.info.dtype == "F64" for source in inputs.all)
-        return _Run(tensor, offset, first, views, fisher, torch.float64 if wide else torch.float32)
+        models = len(views) - len(inputs.fishers)
+        compute = torch.float64 if any(source.info.dtype == "F64" for source in inputs.all) else torch.float32
+        return _Run(tensor, offset, first, views[:models], views[models:], compute)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class _Run:
     offset: int
     first: int
     stored: Sequence[Tensor]
-    fisher: Tensor | None
+    fishers: Sequence[Tensor]
     compute: torch.dtype
 
     def tiles(self) -> Iterator[RowBlock]:
@@ -129,6 +129,6 @@ class _Run:
                 self.offset,
                 self.first + row,
                 [values[rows] for values in self.stored],
-                self.fisher[rows] if self.fisher is not None else None,
+                [values[rows] for values in self.fishers],
                 self.compute,
             )

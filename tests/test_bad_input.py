@@ -217,7 +217,10 @@ def test_nan_in_any_dtype(models: Models, tmp_path: Path, run: Run, dtype: torch
 @pytest.mark.parametrize(("name", "value"), [(MATRIX, torch.nan), (NORM, torch.inf), (EMBEDDING, torch.nan)])
 def test_nan_and_inf_before_a_fisher_pass(models: Models, tmp_path: Path, run: Run, name: str, value: float) -> None:
     spoil(models.base, name, value)
-    words = (f"model {models.base}, {IN_FILE}tensor '{name}' holds 1 non-finite values", "Fisher cannot be measured")
+    words = (
+        f"model {models.base}, {IN_FILE}tensor '{name}' holds 1 non-finite values",
+        "repair it: it cannot be walked",
+    )
     refused(run, tmp_path, command(models, tmp_path), *words)
     refused(run, tmp_path, command(models, tmp_path, "--allow-nonfinite"), *words)
     refused(run, tmp_path, ("fisher", "--base", models.base, "--out", tmp_path / "f", "-q"), *words)

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from streammerge.checkpoints.buffers import as_bytes
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix, require_finite, torch_dtype
+from streammerge.checkpoints.header import TensorInfo
 from streammerge.errors import CheckpointError
 from streammerge.fisher.feed import BlockLayout
 from streammerge.fisher.names import Part, is_linear_weight, parameter_parts
 
-_REPAIR = "repair it: its Fisher cannot be measured"
+_REPAIR = "repair it: it cannot be walked"
 
 
 @dataclass
@@ -88,6 +89,11 @@ class BlockModel:
             set_module_tensor_to_device(self.model, name, device, value=buffer, dtype=buffer.dtype, clear_cache=False)
 
     @property
+    def feed_blocks(self) -> list[tuple[Checkpoint, BlockLayout]]:
+        """The blocks as a feed reads them."""
+        return [(self.base, layout) for layout in self.layouts]
+
+    @property
     def tensor_names(self) -> set[str]:
         """The checkpoint tensors the model is made of."""
         return {part.tensor.name for parts in self.parts.values() for part in parts}
@@ -100,6 +106,20 @@ class BlockModel:
             for name in names
             if any(part.tensor.name in wanted for part in self.parts[name])
         )
+
+    def tensors_behind(self, parameter: str, start: int = 0, count: int | None = None) -> list[TensorInfo]:
+        """The checkpoint tensors that hold `count` elements of a parameter from the flat index `start` on."""
+        stop = self._shapes[parameter].numel() if count is None else start + count
+        return [
+            part.tensor
+            for part in self.parts[parameter]
+            if part.start < stop and part.start + part.tensor.numel > start
+        ]
+
+    @property
+    def head_tensor(self) -> TensorInfo | None:
+        """The tensor of a head of its own; None where it is tied to the embedding, or no plain linear layer."""
+        return None if self.head in (None, self.embedding) else self.parts[self.head][0].tensor
 
     def load_outside(self, skip: set[str]) -> None:
         """Load what lies outside the blocks, but for the parameters in `skip`."""

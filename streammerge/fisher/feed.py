@@ -59,9 +59,8 @@ class BlockFeed:
     """Hands out the bytes of blocks in a known order. Use as a context manager.
 
     Args:
-        base: the checkpoint.
-        layouts: the layout of every block.
-        order: block indices in the order in which `take` will ask for them.
+        blocks: the checkpoint and the layout of every block; blocks of several models may be fed in turn.
+        order: indices into `blocks` in the order in which `take` will ask for them.
         device: where the bytes are wanted.
         stay: blocks that stay on the device once they are there.
         phases: takes the time of reading and copying.
@@ -69,14 +68,14 @@ class BlockFeed:
 
     def __init__(
         self,
-        base: Checkpoint,
-        layouts: Sequence[BlockLayout],
+        blocks: Sequence[tuple[Checkpoint, BlockLayout]],
         order: Sequence[int],
         device: torch.device,
         stay: Collection[int],
         phases: Phases,
     ) -> None:
-        self._base, self._layouts, self._order = base, layouts, list(order)
+        self._models = [model for model, _ in blocks]
+        self._layouts, self._order = [layout for _, layout in blocks], list(order)
         self._device, self._stay, self._phases = device, frozenset(stay), phases
         self._position = 0
         self._seen: set[int] = set()
@@ -144,16 +143,16 @@ class BlockFeed:
         return self._hosts[-1]
 
     def _read(self, index: int, raw: Tensor) -> None:
-        first = index not in self._seen
+        first, model = index not in self._seen, self._models[index]
         with self._phases.time("read"):
             for slot in self._layouts[index].slots:
                 view = slot.view(raw)
                 for part in slot.parts:
                     values = view.view(-1)[part.start : part.start + part.tensor.numel]
-                    self._base.read_into(part.tensor, 0, as_bytes(values))
+                    model.read_into(part.tensor, 0, as_bytes(values))
                     self._phases.read(part.tensor.nbytes)
                     if first:
-                        require_finite(values, part.tensor, self._base.id, "repair it: its Fisher cannot be measured")
+                        require_finite(values, part.tensor, model.id, "repair it: it cannot be walked")
         self._seen.add(index)
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from streammerge.checkpoints.buffers import as_bytes
 from streammerge.checkpoints.checkpoint import require_finite, torch_dtype
+from streammerge.errors import CheckpointError
 from streammerge.fisher.blocks import BlockModel
 from streammerge.fisher.linear import product, product_back
 from streammerge.fisher.phases import Phases
@@ -126,13 +127,7 @@ class HeadWalk:
 
     def is_elementwise(self) -> bool:
         """Whether the model treats each logit by itself, so that the vocabulary can be cut. Reads nothing."""
-        raw, half = self._x, self._x.shape[1] // 2  # any numbers will do in place of logits
-        try:
-            with torch.no_grad():
-                whole, *parts = (self.model.after_head(some) for some in (raw, raw[:, :half], raw[:, half:]))
-        except (IndexError, RuntimeError):  # it expects the whole vocabulary
-            return False
-        return whole.shape == raw.shape and torch.equal(whole, torch.cat(parts, 1))
+        return is_elementwise(self.model, self._x)
 
     def _logits(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """The head's own output for some rows, and the logits the model makes of it, with the graph between."""
@@ -142,30 +137,65 @@ class HeadWalk:
             return raw, logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _rows(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        """(first row, weights [some rows, hidden] as stored, bias) down the head, the next rows read meanwhile."""
-        model = self.model
-        assert model.head is not None
-        info = model.parts[model.head][0].tensor
-        bias = model.model.get_output_embeddings().bias
-        rows, columns = info.shape
-        width = info.nbytes // rows
-        step = head_rows(width, len(self._x))
+        return weight_rows(self.model, len(self._x), self.phases)
 
-        def read(start: int, buffer: Tensor) -> Tensor:
-            raw = buffer[: min(step, rows - start) * width]
-            with self.phases.time("read"):
-                model.base.read_into(info, start * width, as_bytes(raw))
-            self.phases.read(len(raw))
-            values = raw.view(torch_dtype(info.dtype)).view(-1, columns)
-            require_finite(values, info, model.base.id, "repair it: its Fisher cannot be measured")
-            return values
 
-        buffers = [torch.empty(step * width, dtype=torch.uint8) for _ in range(2)]
-        with ThreadPoolExecutor(1, "streammerge-read") as reader:
-            following = reader.submit(read, 0, buffers[0])
-            for number, start in enumerate(range(0, rows, step)):
-                values = following.result()
-                if start + step < rows:
-                    following = reader.submit(read, start + step, buffers[(number + 1) % 2])
-                part = None if bias is None else bias[start : start + step]
-                yield start, values.to(model.device), part
+def is_elementwise(model: BlockModel, numbers: Tensor) -> bool:
+    """Whether a model treats each logit by itself, tried out on any numbers [tokens, some] in place of logits."""
+    half = numbers.shape[1] // 2
+    try:
+        with torch.no_grad():
+            whole, *parts = (model.after_head(some) for some in (numbers, numbers[:, :half], numbers[:, half:]))
+    except (IndexError, RuntimeError):  # it expects the whole vocabulary
+        return False
+    return whole.shape == numbers.shape and torch.equal(whole, torch.cat(parts, 1))
+
+
+def logit_rows(model: BlockModel, inputs: Tensor, workers: Workers, phases: Phases) -> Iterator[tuple[int, Tensor]]:
+    """(first token id, logits [tokens, some ids]) of what a head is given, [tokens, hidden]; the head is read once.
+
+    Raises:
+        CheckpointError: the head cannot be cut by rows.
+    """
+    if model.head is None or not is_elementwise(model, inputs):
+        raise CheckpointError(
+            f"model {model.base.id}: the head of {type(model.model).__name__} does more than score each token by "
+            "itself, so its logits cannot be walked in pieces; choose a method that does not look at them"
+        )
+    for start, weight, bias in weight_rows(model, len(inputs), phases):
+        yield start, model.after_head(product(inputs, weight, bias, workers))
+
+
+def weight_rows(model: BlockModel, tokens: int, phases: Phases) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """(first row, weights [some rows, hidden] as stored, bias) down a head, the next rows read meanwhile.
+
+    Args:
+        model: its head must be a plain linear layer.
+        tokens: how many tokens go through it together: they and the rows share a fixed amount of memory.
+        phases: takes the time of reading.
+    """
+    assert model.head is not None
+    info = model.parts[model.head][0].tensor
+    bias = model.model.get_output_embeddings().bias
+    rows, columns = info.shape
+    width = info.nbytes // rows
+    step = head_rows(width, tokens)
+
+    def read(start: int, buffer: Tensor) -> Tensor:
+        raw = buffer[: min(step, rows - start) * width]
+        with phases.time("read"):
+            model.base.read_into(info, start * width, as_bytes(raw))
+        phases.read(len(raw))
+        values = raw.view(torch_dtype(info.dtype)).view(-1, columns)
+        require_finite(values, info, model.base.id, "repair it: it cannot be walked")
+        return values
+
+    buffers = [torch.empty(step * width, dtype=torch.uint8) for _ in range(2)]
+    with ThreadPoolExecutor(1, "streammerge-read") as reader:
+        following = reader.submit(read, 0, buffers[0])
+        for number, start in enumerate(range(0, rows, step)):
+            values = following.result()
+            if start + step < rows:
+                following = reader.submit(read, start + step, buffers[(number + 1) % 2])
+            part = None if bias is None else bias[start : start + step]
+            yield start, values.to(model.device), part

@@ -88,13 +88,22 @@ class LinearFunctions(TorchFunctionMode):
         weights: parameter name -> parameter, in memory.
         workers: share the products on the CPU.
         recall: remembers results from the forward pass for the backward one; None: they are computed again.
+        observe: shown every linear function: the parameter, the index of the weight's first element in it, flattened,
+            the weight and the inputs.
 
     Attributes:
         factors: parameter name -> what its linear functions left in the backward passes of all groups.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], workers: Workers, recall: Recall | None = None) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        workers: Workers,
+        recall: Recall | None = None,
+        observe: Callable[[str, int, Tensor, Tensor], None] | None = None,
+    ) -> None:
         super().__init__()
+        self._observe = observe
         spans = sorted(
             (weight.data_ptr(), weight.data_ptr() + weight.numel() * weight.element_size(), name)
             for name, weight in weights.items()
@@ -129,6 +138,8 @@ class LinearFunctions(TorchFunctionMode):
             key = self._find(weight)
             if key is not None:
                 self._require_apart(inputs)
+                if self._observe is not None:
+                    self._observe(*key, weight, inputs)
                 known = self._recall.get() if self._recall and torch.is_grad_enabled() else None
                 keep = partial(self._keep, key)
                 out = _Linear.apply(inputs, weight.detach(), bias, known, keep, self._workers)  # type: ignore[no-untyped-call]

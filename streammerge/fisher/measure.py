@@ -34,6 +34,7 @@ from streammerge.fisher.store import (
     FISHER_FILE,
     STORED_AS,
     BaseIdentity,
+    ComputeDType,
     FisherRecord,
     FisherSettings,
     TensorFisher,
@@ -85,8 +86,8 @@ def prepare(base: Checkpoint, settings: FisherSettings, run: FisherRun) -> Prepa
         MemoryBudgetError: the device is too small.
     """
     refuse_quantised(base)
-    where = _device(run.device or default_device())
-    model = BlockModel(base, _compute_dtype(base, settings), where, run.trust_remote_code)
+    where = find_device(run.device or default_device())
+    model = BlockModel(base, compute_dtype(base, settings.compute_dtype), where, run.trust_remote_code)
     wanted = _wanted(base, model, settings)
     stay = blocks_that_stay(model, settings, where, run)
     return Preparation(model, where, wanted, stay, probe_tokens(base, model.vocab_size, settings))
@@ -113,7 +114,7 @@ def measure(
     """
     phases = phases or Phases()
     check_output(out, [base.folder], overwrite, manifest=FISHER_FILE)
-    give_back = _memory_keeper()
+    give_back = memory_keeper()
     prepared = prepare(base, settings, run)
     model, where, wanted, ids = prepared.model, prepared.where, prepared.wanted, prepared.ids
     stored = settings.dtype or "bfloat16"
@@ -165,7 +166,7 @@ def _writer(
         "version": __version__,
         "base": base.model_dump(),
         **settings.model_dump(),
-        "tokens": _digest(ids),
+        "tokens": token_digest(ids),
         "device": device,
         "torch": torch.__version__,
         "transformers": transformers_version,
@@ -204,7 +205,7 @@ def _record(
         version=__version__,
         base=identity,
         settings=settings.model_copy(update={"dtype": stored}),
-        probe=_digest(ids),
+        probe=token_digest(ids),
         text=text_digest(settings),
         loss=walk.losses.mean().item(),
         device=device,
@@ -216,7 +217,7 @@ def _record(
     )
 
 
-def _digest(ids: Tensor) -> str:
+def token_digest(ids: Tensor) -> str:
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
@@ -257,10 +258,10 @@ class _FisherSink:
             self._writer.sync()
 
 
-def _compute_dtype(base: Checkpoint, settings: FisherSettings) -> torch.dtype:
+def compute_dtype(base: Checkpoint, wanted: ComputeDType | None) -> torch.dtype:
     """What was asked for, else the dtype of most of the base's elements."""
-    if settings.compute_dtype is not None:
-        return getattr(torch, settings.compute_dtype)  # type: ignore[no-any-return]
+    if wanted is not None:
+        return getattr(torch, wanted)  # type: ignore[no-any-return]
     sizes: dict[str, int] = {}
     for info in base.tensors.values():
         if info.floating:
@@ -270,7 +271,7 @@ def _compute_dtype(base: Checkpoint, settings: FisherSettings) -> torch.dtype:
     return torch_dtype(max(sizes, key=lambda dtype: sizes[dtype]))
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -297,7 +298,7 @@ def _require_known(names: Iterable[str], model: BlockModel, base: Checkpoint) ->
         )
 
 
-def _memory_keeper() -> Callable[[], object]:
+def memory_keeper() -> Callable[[], object]:
     """Have glibc keep one heap for all threads; the result hands what is free of it back to the system.
 
     Left alone it keeps a heap per thread and the largest that each ever was: measured on the 1.5B shape, half as much

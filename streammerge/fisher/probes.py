@@ -36,38 +36,51 @@ def text_tokens(base: Checkpoint, vocab_size: int, settings: FisherSettings) -> 
         RecipeError: the file cannot be read, or is too short.
         CheckpointError: the base brings no tokenizer, or one that knows more tokens than the model.
     """
-    from transformers import AutoTokenizer
-
     path = settings.probe_text or ""
+    ids = encode(base, vocab_size, read_text(path, "--probe-text"), "--probe-text")
+    return windows(ids, settings.samples, settings.length, f"--probe-text {path}")
+
+
+def read_text(path: str, option: str) -> str:
+    """A UTF-8 file, named by an option."""
     try:
-        text = Path(path).read_text("utf-8")
+        return Path(path).read_text("utf-8")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise RecipeError(f"--probe-text {path}: {reason}") from None
+        raise RecipeError(f"{option} {path}: {reason}") from None
+
+
+def encode(base: Checkpoint, vocab_size: int, text: str, option: str) -> Tensor:
+    """The text's token ids by the base's own tokenizer, without special tokens: [tokens], int64."""
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False)
     except Exception as error:  # a tokenizer's files may break transformers anywhere
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"model {base.id}: its tokenizer, for --probe-text, cannot be loaded: {reason}"
-        ) from error
+        raise CheckpointError(f"model {base.id}: its tokenizer, for {option}, cannot be loaded: {reason}") from error
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if not any((base.folder / file).is_file() for file in files):  # then transformers makes an empty one
-        raise CheckpointError(
-            f"model {base.id}: it brings no tokenizer, which --probe-text needs: {min(files)} or alike"
-        )
+        raise CheckpointError(f"model {base.id}: it brings no tokenizer, which {option} needs: {min(files)} or alike")
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.int64)
-    needed = settings.samples * settings.length
-    if len(ids) < needed:
-        raise RecipeError(
-            f"--probe-text {path}: {len(ids)} tokens, and {settings.samples} samples of {settings.length} take "
-            f"{needed}: give a longer text, or fewer samples"
-        )
-    if int(ids.max()) >= vocab_size:
+    if len(ids) and int(ids.max()) >= vocab_size:
         raise CheckpointError(
             f"model {base.id}: its tokenizer gives the id {int(ids.max())}, it has {vocab_size} tokens"
         )
-    starts = [
-        sample * (len(ids) - settings.length) // max(settings.samples - 1, 1) for sample in range(settings.samples)
-    ]
-    return torch.stack([ids[start : start + settings.length] for start in starts])
+    return ids
+
+
+def windows(ids: Tensor, samples: int, length: int, what: str) -> Tensor:
+    """[samples, length] of the ids [tokens], evenly spread, without overlap.
+
+    Raises:
+        RecipeError: there are too few.
+    """
+    needed = samples * length
+    if len(ids) < needed:
+        raise RecipeError(
+            f"{what}: {len(ids)} tokens, and {samples} samples of {length} take {needed}: give a longer text, or fewer "
+            "samples"
+        )
+    starts = [sample * (len(ids) - length) // max(samples - 1, 1) for sample in range(samples)]
+    return torch.stack([ids[start : start + length] for start in starts])

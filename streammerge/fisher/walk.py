@@ -101,7 +101,7 @@ class Walk:
         self.advance(begin + (1 + last - end if walked else 0))
         order = [*range(begin, last), *reversed(range(end))]
         with (
-            BlockFeed(model.base, model.layouts, order, model.device, self.stay, self.phases) as feed,
+            BlockFeed(model.feed_blocks, order, model.device, self.stay, self.phases) as feed,
             Recall(self.state.folder) as recall,
         ):
             self._recall = recall if model.device.type == "cpu" else None  # a GPU computes faster than a disk reads

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from streammerge.methods.acm import AcmTa, AcmTies
 from streammerge.methods.api import Method
 from streammerge.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from streammerge.methods.dare import DareLinear, DareTies
@@ -14,6 +15,7 @@ from streammerge.methods.multislerp import Multislerp
 from streammerge.methods.nearswap import Nearswap
 from streammerge.methods.nuslerp import Nuslerp
 from streammerge.methods.passthrough import Passthrough
+from streammerge.methods.regmean import Regmean
 from streammerge.methods.slerp import Slerp
 from streammerge.methods.task_arithmetic import TaskArithmetic
 from streammerge.methods.ties import Ties
@@ -36,5 +38,8 @@ METHODS: Mapping[str, type[Method]] = {
     "breadcrumbs": Breadcrumbs,
     "breadcrumbs_ties": BreadcrumbsTies,
     "nearswap": Nearswap,
+    "acm_ta": AcmTa,
+    "acm_ties": AcmTies,
+    "regmean": Regmean,
     "passthrough": Passthrough,
 }

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field
 
+from streammerge.calibration.store import Calibrated, Measurement
 from streammerge.fisher.store import FisherRecord
 from streammerge.schema import Strict
 
@@ -99,12 +100,12 @@ class RowBlock:
         tensor_offset: int,
         row: int,
         stored: Sequence[Tensor],
-        fisher: Tensor | None,
+        fishers: Sequence[Tensor],
         compute: dtype,
     ) -> None:
         self.tensor, self.row, self.stored = tensor, row, stored
         self.offset = tensor_offset + row * tensor.columns
-        self._fisher, self._compute = fisher, compute
+        self._fishers, self._compute = fishers, compute
 
     @cached_property
     def base(self) -> Tensor:
@@ -122,11 +123,16 @@ class RowBlock:
         return [expert - self.base for expert in self.experts]
 
     @cached_property
+    def fishers(self) -> list[Tensor]:
+        """[r, c] each: the diagonal Fishers that the method asked for, the base's first."""
+        return [fisher.to(self._compute) for fisher in self._fishers]
+
+    @property
     def fisher(self) -> Tensor:
         """[r, c], the base model's diagonal Fisher; only where the method asked for it."""
-        if self._fisher is None:
+        if not self.fishers:
             raise RuntimeError(f"no Fisher was read for {self.tensor.name!r}")  # a bug of ours
-        return self._fisher.to(self._compute)
+        return self.fishers[0]
 
 
 class Pass(ABC):
@@ -135,10 +141,12 @@ class Pass(ABC):
     Attributes:
         name: key of the result; a later pass of the same name refines it.
         reads_fisher: whether a survey's row blocks come with the Fisher.
+        reads_rows: whether it looks at row blocks at all; if not, `update` is never called.
     """
 
     name: str
     reads_fisher: bool = False
+    reads_rows: bool = True
 
     @abstractmethod
     def start(self, unit: Unit, done: Results) -> Any | None:
@@ -165,6 +173,7 @@ class ModelFacts:
 
     parameters: int
     experts: tuple[str, ...]
+    calibration_rows: int = 256  # of every model's inputs, where they are measured
 
 
 class Method(ABC):
@@ -182,6 +191,7 @@ class Method(ABC):
     reference: ClassVar[str]
     fewest_experts: ClassVar[int] = 1  # how many fine-tuned models it merges; the constructor refuses others
     most_experts: ClassVar[int | None] = None
+    fisher_of_experts: ClassVar[bool] = False  # whether `needs_fisher` means that of every model, not the base's alone
 
     def __init__(self, parameters: Any, experts: Sequence[Any], model: ModelFacts) -> None:
         self.parameters, self.experts, self.model = parameters, tuple(experts), model
@@ -190,6 +200,18 @@ class Method(ABC):
     def needs_fisher(self) -> bool:
         """Whether the base's diagonal Fisher must be at hand."""
         return False
+
+    @property
+    def calibration(self) -> tuple[Measurement, ...]:
+        """What must be measured on calibration text before the merge.
+
+        What is measured of single tensors is in `results["calibrated"]` of their passes and apply (`Calibrated.of`).
+        """
+        return ()
+
+    def workspace(self, tensor: TensorContext) -> int:
+        """Bytes the method holds for the tensor besides its row blocks' temporaries."""
+        return 0
 
     def merges(self, tensor: TensorContext) -> bool:
         """Whether the tensor is merged; if not, the base's bytes are copied."""
@@ -207,8 +229,16 @@ class Method(ABC):
         """A pass over the tensor before anything is merged, where coefficients depend on the whole model."""
         return None
 
-    def prepared(self, surveys: Mapping[TensorContext, Any], fisher: FisherRecord | None) -> Self:
-        """This method knowing the result of every survey and, where there is one, the Fisher's record."""
+    def prepared(
+        self, surveys: Mapping[TensorContext, Any], fishers: Sequence[FisherRecord], calibrated: Calibrated | None
+    ) -> Self:
+        """This method knowing all that was measured before the merge.
+
+        Args:
+            surveys: the result of every survey.
+            fishers: the records of the Fishers it needs, the base's first.
+            calibrated: what was measured on calibration text, where it asked for it.
+        """
         return self
 
     def passes(self, unit: Unit) -> Sequence[Pass]:

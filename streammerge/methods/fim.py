@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 
+from streammerge.calibration.store import Calibrated
 from streammerge.errors import CheckpointError
 from streammerge.fisher.coefficients import Importance, Theta, merge_coefficients, score
 from streammerge.fisher.store import FisherRecord
@@ -149,12 +150,17 @@ class FimTies(Method):
             return None
         return _TaskVectorSquares(self.parameters.importance == "quadratic")
 
-    def prepared(self, surveys: Mapping[TensorContext, _Survey], fisher: FisherRecord | None) -> Self:
+    def prepared(
+        self,
+        surveys: Mapping[TensorContext, _Survey],
+        fishers: Sequence[FisherRecord],
+        calibrated: Calibrated | None = None,
+    ) -> Self:
         known = copy.copy(self)
         known._table, known._by_block, known._by_tensor = [], [], []
         known._fused = fused_gates(surveys)
         for expert, id in enumerate(self.model.experts):
-            rows = _scores(surveys, fisher, expert, self.parameters)
+            rows = _scores(surveys, fishers[0] if fishers else None, expert, self.parameters)
             for row in rows:
                 if not math.isfinite(row["task_vector_mean_square"]):
                     raise CheckpointError(

@@ -40,7 +40,7 @@ def loaded(base: Checkpoint) -> BlockModel:
 
 
 def through_blocks(model: BlockModel, hidden: Tensor, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Tensor:
-    with BlockFeed(model.base, model.layouts, range(len(model.blocks)), CPU, (), Phases()) as feed:
+    with BlockFeed(model.feed_blocks, range(len(model.blocks)), CPU, (), Phases()) as feed:
         for index, (args, kwargs) in enumerate(calls):
             hidden = first(model.install(*feed.take())(hidden, *args, **kwargs))
             model.remove(index)
@@ -92,7 +92,7 @@ def test_an_installed_block_is_a_view_of_its_bytes(qwen2: Path, tmp_path: Path, 
     stored.save_pretrained(tmp_path / "model")
     with Checkpoint.open(tmp_path / "model") as base:
         model = BlockModel(base, compute, CPU)
-        with BlockFeed(base, model.layouts, [0, 1, 2], CPU, (), Phases()) as feed:
+        with BlockFeed(model.feed_blocks, [0, 1, 2], CPU, (), Phases()) as feed:
             for index in range(3):
                 _, raw = feed.take()
                 assert model.install(index, raw) is model.blocks[index]

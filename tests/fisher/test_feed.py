@@ -27,7 +27,7 @@ Feed = Callable[..., BlockFeed]
 @pytest.fixture
 def feed(base: Checkpoint, block_model: BlockModel) -> Feed:
     def make(order: list[int], stay: tuple[int, ...] = (), phases: Phases | None = None) -> BlockFeed:
-        return BlockFeed(base, block_model.layouts, order, CPU, stay, phases or Phases())
+        return BlockFeed(block_model.feed_blocks, order, CPU, stay, phases or Phases())
 
     return make
 
@@ -110,7 +110,7 @@ def test_a_file_that_ends_early_is_an_error_of_take(qwen2: Path, tmp_path: Path)
         model = BlockModel(base, torch.float32, CPU)
         with (folder / WEIGHTS).open("r+b") as file:
             file.truncate(base.info("model.layers.2.mlp.up_proj.weight").start)
-        with BlockFeed(base, model.layouts, [0, 1, 2], CPU, (), Phases()) as running:
+        with BlockFeed(model.feed_blocks, [0, 1, 2], CPU, (), Phases()) as running:
             running.take()
             running.take()
             with pytest.raises(TransferError, match="ended at byte"):
@@ -122,7 +122,7 @@ def test_a_value_that_is_not_finite_is_an_error_of_take(qwen2: Path, tmp_path: P
     edit(folder, lambda state: state["model.layers.1.mlp.up_proj.weight"][3:4].fill_(torch.nan))
     with Checkpoint.open(folder) as base:
         model = BlockModel(base, torch.float32, CPU)
-        with BlockFeed(base, model.layouts, [0, 1], CPU, (), Phases()) as running:
+        with BlockFeed(model.feed_blocks, [0, 1], CPU, (), Phases()) as running:
             running.take()
             with pytest.raises(CheckpointError, match=r"layers.1.mlp.up_proj.weight' holds 32 non-finite.*repair it"):
                 running.take()
@@ -147,7 +147,7 @@ def test_slots_are_aligned_and_apart(tmp_path: Path) -> None:
             assert slot.start % 64 == 0 and slot.start >= end
             end = slot.start + values.nbytes
         assert end <= layout.size < end + 64
-        with BlockFeed(base, [layout], [0], CPU, (), Phases()) as running:
+        with BlockFeed([(base, layout)], [0], CPU, (), Phases()) as running:
             _, raw = running.take()
             for slot in layout.slots:
                 assert torch.equal(slot.view(raw), made[slot.parameter])

@@ -5,12 +5,13 @@ The method sees tiles of `TensorContext.tile_rows` rows: set `streammerge.method
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from streammerge.calibration.store import Calibrated, CalibrationRecord, CalibrationSettings, Sensitivity, entry
 from streammerge.fisher.store import FisherRecord, TensorFisher
 from streammerge.methods.api import Method, Pass, RowBlock, TensorContext, Unit
 from streammerge.recipe import Resolved, make_recipe, resolve_method
@@ -22,11 +23,13 @@ _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", t
 
 @dataclass(frozen=True)
 class Models:
-    """A base model, its fine-tuned models and its diagonal Fisher."""
+    """A base model, its fine-tuned models, its diagonal Fisher and theirs, and what they did with a text."""
 
     base: Tensors
     experts: list[Tensors]
     fisher: Tensors
+    fishers: list[Tensors] = field(default_factory=list)
+    calibrated: Calibrated | None = None
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,10 @@ def merge(method: str, models: Models, parameter_count: int = 1000, **parameters
     surveys: dict[TensorContext, Any] = {}
     for context in contexts:
         if (survey := merger.survey(context)) is not None:
-            surveys[context] = run_passes([survey], *_unit([context], models, survey.reads_fisher))[survey.name]
-    if surveys:
-        merger = merger.prepared(surveys, record_of(models.fisher) if merger.needs_fisher else None)
+            unit, blocks = _unit([context], models, merger, survey.reads_fisher)
+            surveys[context] = run_passes([survey], unit, blocks)[survey.name]
+    records = [record_of(fisher) for fisher in _fishers(merger, models)]
+    merger = merger.prepared(surveys, records, models.calibrated)
 
     groups: dict[str, list[TensorContext]] = {}
     for context in contexts:
@@ -67,8 +71,9 @@ def merge(method: str, models: Models, parameter_count: int = 1000, **parameters
     found: Tensors = {}
     reports = {}
     for group in groups.values():
-        unit, blocks = _unit(group, models, merger.reads_fisher(group[0]))
-        results = run_passes(merger.passes(unit), unit, blocks)
+        unit, blocks = _unit(group, models, merger, merger.reads_fisher(group[0]))
+        given = {"calibrated": {c.name: models.calibrated.of(c.name) for c in group}} if models.calibrated else {}
+        results = run_passes(merger.passes(unit), unit, blocks, given)
         found |= _apply(merger, blocks, results)
         reports |= {context.name: merger.report(context, results) for context in group}
     tensors = {
@@ -77,13 +82,15 @@ def merge(method: str, models: Models, parameter_count: int = 1000, **parameters
     return Merged(tensors, reports, merger.block_table())
 
 
-def run_passes(passes: Sequence[Pass], unit: Unit, blocks: Callable[[], Iterable[RowBlock]]) -> dict[str, Any]:
-    """The results of the passes, by name."""
-    results: dict[str, Any] = {}
+def run_passes(
+    passes: Sequence[Pass], unit: Unit, blocks: Callable[[], Iterable[RowBlock]], given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The results of the passes, by name, beside those that are given."""
+    results: dict[str, Any] = dict(given or {})
     for step in passes:
         state = step.start(unit, results)
         if state is not None:
-            for block in blocks():
+            for block in blocks() if step.reads_rows else ():
                 step.update(state, block)
             results[step.name] = step.finish(state)
     return results
@@ -141,8 +148,63 @@ def make_models(
         {n: (b.float() + 0.2 * 1.5 ** size[n] * draw(b.shape)).to(dtype) for n, b in base.items()}
         for _ in range(experts)
     ]
-    fisher = {name: (draw(shape).square() * 1e-3 * 0.1 ** size[name]).to(dtype) for name, shape in shapes.items()}
-    return Models(base, tuned, fisher)
+
+    def draw_fisher() -> Tensors:
+        return {name: (draw(shape).square() * 1e-3 * 0.1 ** size[name]).to(dtype) for name, shape in shapes.items()}
+
+    fisher = draw_fisher()
+    calibrated = make_calibrated(base, experts, blocks, draw)
+    return Models(base, tuned, fisher, [draw_fisher() for _ in range(experts)], calibrated)
+
+
+def make_calibrated(
+    base: Tensors, experts: int, blocks: int, draw: Callable[[Sequence[int]], Tensor], tokens: int = 4
+) -> Calibrated:
+    """Numbers as a calibration gives them, of the models' shapes; the scalar and one matrix have none."""
+    places = ["embedding", *map(str, range(blocks)), "norm", "head"]
+    tensors: Tensors = {}
+    for name, tensor in base.items():
+        columns = tensor.shape[-1:]
+        if tensor.dim() and "k_proj" not in name:
+            tensors[entry("channels", 0, name)] = draw(columns).abs()
+            if tensor.dim() > 1:
+                for model in range(experts + 1):
+                    tensors[entry("inputs", model, name)] = draw((tokens + model, *columns))
+    record = CalibrationRecord(
+        version="0",
+        settings=CalibrationSettings(),
+        device="cpu",
+        mutual_information=[{place: draw((3,)).abs().double().tolist() for place in places} for _ in range(experts)],
+        sensitivity=Sensitivity(
+            blocks=[{block: draw(()).abs().item() for block in range(blocks)} for _ in range(experts + 1)],
+            distances=(draw((experts + 1, experts + 1)).abs() * (1 - torch.eye(experts + 1))).tolist(),
+        ),
+        tensors=dict.fromkeys(tensors, "memory"),
+    )
+    return Calibrated(record, tensors.__getitem__)
+
+
+def in_order(models: Models, order: Sequence[int]) -> Models:
+    """The same models, the experts in another order."""
+    assert models.calibrated is not None and models.calibrated.record.sensitivity is not None
+    record, seats = models.calibrated.record, [0, *(1 + i for i in order)]
+    sensitivity = models.calibrated.record.sensitivity
+    moved = record.model_copy(
+        update={
+            "mutual_information": [(record.mutual_information or [])[i] for i in order],
+            "sensitivity": Sensitivity(
+                blocks=[sensitivity.blocks[seat] for seat in seats],
+                distances=[[sensitivity.distances[a][b] for b in seats] for a in seats],
+            ),
+        }
+    )
+
+    def read(name: str) -> Tensor:
+        measurement, model, tensor = name.split(".", 2)
+        return models.calibrated.read(entry(measurement, seats[int(model)], tensor))
+
+    experts, fishers = ([group[i] for i in order] for group in (models.experts, models.fishers))
+    return Models(models.base, experts, models.fisher, fishers, Calibrated(moved, read))
 
 
 def matrices_of(models: Models) -> list[str]:
@@ -151,8 +213,14 @@ def matrices_of(models: Models) -> list[str]:
     return [context.name for context in contexts if context.is_matrix and context.block is not None]
 
 
+def _fishers(method: Method, models: Models) -> list[Tensors]:
+    if not method.needs_fisher:
+        return []
+    return [models.fisher, *models.fishers] if method.fisher_of_experts else [models.fisher]
+
+
 def _unit(
-    contexts: Sequence[TensorContext], models: Models, with_fisher: bool
+    contexts: Sequence[TensorContext], models: Models, method: Method, with_fisher: bool
 ) -> tuple[Unit, Callable[[], Iterator[RowBlock]]]:
     """A unit, and what walks its tiles anew at every call."""
     unit = Unit(contexts[0].name, tuple(contexts))
@@ -161,14 +229,14 @@ def _unit(
         offset = 0
         for context in contexts:
             inputs = [model[context.name] for model in (models.base, *models.experts)]
-            fisher = models.fisher[context.name] if with_fisher else None
+            fishers = [fisher[context.name] for fisher in _fishers(method, models)] if with_fisher else []
             compute = torch.float64 if any(values.dtype == torch.float64 for values in inputs) else torch.float32
             rows = [values.view(context.rows, context.columns) for values in inputs]
-            weights = fisher.view(context.rows, context.columns) if fisher is not None else None
+            weights = [fisher.view(context.rows, context.columns) for fisher in fishers]
             for row in range(0, context.rows, context.tile_rows):
                 part = slice(row, row + context.tile_rows)
                 stored = [values[part] for values in rows]
-                yield RowBlock(context, offset, row, stored, weights[part] if weights is not None else None, compute)
+                yield RowBlock(context, offset, row, stored, [w[part] for w in weights], compute)
             offset += context.numel
 
     return unit, blocks

@@ -1,10 +1,11 @@
 """What every method must pass: each row of METHODS is tested unasked."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from methods.driver import Merged, Models, make_models, merge, resolve
+from methods.driver import Merged, Models, in_order, make_models, merge, resolve
 from torch import Tensor
 
 from streammerge.errors import RecipeError
@@ -40,7 +41,7 @@ def mixed_models(experts: int) -> Models:
     models = make_models(experts, extra=SHAPES)
     dtypes = [torch.bfloat16, torch.float32, torch.float16]
     tuned = [{n: t.to(dtypes[i % 3]) for n, t in expert.items()} for i, expert in enumerate(models.experts)]
-    return Models(models.base, tuned, models.fisher)
+    return replace(models, experts=tuned)
 
 
 def allowed(name: str, experts: int) -> int:
@@ -103,8 +104,8 @@ def test_same_inputs_same_bits(name: str) -> None:
 @every_method
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_equal_models_return_themselves(name: str, dtype: torch.dtype) -> None:
-    models = make_models(0, dtype=dtype, extra=SHAPES)
-    models.experts.extend([models.base] * allowed(name, 2))
+    models = make_models(allowed(name, 2), dtype=dtype, extra=SHAPES)
+    models = replace(models, experts=[models.base] * len(models.experts))
     parameters = parameters_at_home(name, density=1.0, coefficient=0.25) | SAME_MODELS.get(name, {})
     merged = merge(name, models, **parameters)
     for key, tensor in merged.tensors.items():
@@ -122,7 +123,7 @@ def test_order_of_experts_matters_only_by_rounding(name: str) -> None:
     merged = merge(name, models, **parameters)
     first, *others = range(len(models.experts))
     for order in ([*others, first], [*reversed(others), first]):
-        turned = merge(name, Models(models.base, [models.experts[i] for i in order], models.fisher), **parameters)
+        turned = merge(name, in_order(models, order), **parameters)
         for key, tensor in merged.tensors.items():
             torch.testing.assert_close(
                 turned.tensors[key], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"

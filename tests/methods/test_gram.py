@@ -26,7 +26,7 @@ def measure(*tensors: torch.Tensor, rows: int | None = None) -> Gram:
         step = rows or context.tile_rows
         views = [tensor.view(context.rows, context.columns) for tensor in tensors]
         return [
-            RowBlock(context, 0, row, [view[row : row + step] for view in views], None, torch.float32)
+            RowBlock(context, 0, row, [view[row : row + step] for view in views], [], torch.float32)
             for row in range(0, context.rows, step)
         ]
 

@@ -50,7 +50,7 @@ def select(tensors: Sequence[Sequence[Tensor]], counts: Sequence[int], starts: S
             firsts = [*starts(context.rows), context.rows]
             for first, end in pairwise(firsts):
                 stored = [values.view(context.rows, context.columns)[first:end] for values in scores]
-                yield RowBlock(context, offset, first, stored, None, torch.float32)
+                yield RowBlock(context, offset, first, stored, [], torch.float32)
             offset += context.numel
 
     densities = [k / unit.numel for k in counts]
@@ -183,7 +183,7 @@ def test_a_long_stream_of_equal_halves() -> None:
     def blocks() -> Iterator[RowBlock]:
         for row in range(0, rows, 8):
             value = 1.0 if row < rows // 2 else 2.0
-            yield RowBlock(tensor, 0, row, [torch.tensor(value).expand(8, columns)], None, torch.float32)
+            yield RowBlock(tensor, 0, row, [torch.tensor(value).expand(8, columns)], [], torch.float32)
 
     assert half > 1 << 24
     for ones, twos in [(0, half - 1), (0, half), ((1 << 24) + 1, half)]:

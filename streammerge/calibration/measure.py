@@ -1,0 +1,152 @@
+"""Measure what merge methods ask for, on calibration texts, and write it into a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from streammerge._version import __version__
+from streammerge.calibration.channels import ChannelMagnitudes
+from streammerge.calibration.inputs import LinearInputs
+from streammerge.calibration.lockstep import Lockstep, Observer
+from streammerge.calibration.mutual_information import MutualInformation
+from streammerge.calibration.store import CALIBRATION_FILE, CalibrationRecord, CalibrationSettings, Measurement, entry
+from streammerge.calibration.texts import calibration_tokens
+from streammerge.checkpoints.checkpoint import Checkpoint
+from streammerge.checkpoints.output import transfer_errors
+from streammerge.errors import MemoryBudgetError
+from streammerge.fisher.blocks import BlockModel
+from streammerge.fisher.measure import compute_dtype, find_device, memory_keeper, token_digest
+from streammerge.fisher.phases import Phases
+from streammerge.fisher.placement import FisherRun, default_device
+from streammerge.progress import progress_bar
+from streammerge.workers import Workers, single_threaded_torch
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """All that is known of a calibration before a weight is read or a file is written.
+
+    Attributes:
+        models: the base and the fine-tuned ones, nothing loaded.
+        where: the device.
+        texts: token ids [samples, length] of every text.
+    """
+
+    models: list[BlockModel]
+    where: torch.device
+    texts: list[Tensor]
+
+
+def prepare(models: Sequence[Checkpoint], settings: CalibrationSettings, run: FisherRun) -> Preparation:
+    """Find out everything a calibration can be refused for before it begins; see `calibration.check`."""
+    where = find_device(run.device or default_device())
+    built = [
+        BlockModel(model, compute_dtype(model, settings.compute_dtype), where, run.trust_remote_code)
+        for model in models
+    ]
+    return Preparation(built, where, calibration_tokens(models[0], built[0].vocab_size, settings))
+
+
+def measure(
+    models: Sequence[Checkpoint],
+    settings: CalibrationSettings,
+    measurements: Sequence[Measurement],
+    folder: Path,
+    run: FisherRun,
+    *,
+    progress: bool = False,
+    phases: Phases | None = None,
+) -> CalibrationRecord:
+    """Measure, and write `calibration.json` last; see `calibration.calibrate`.
+
+    Raises:
+        RecipeError, CheckpointError: see `calibration.check`; a non-finite weight or activation.
+        MemoryBudgetError: the device is too small.
+        TransferError: the folder cannot be written.
+    """
+    phases = phases or Phases()
+    give_back = memory_keeper()
+    prepared = prepare(models, settings, run)
+    tensors: dict[str, str] = {}
+
+    def save_entries(name: str, entries: Mapping[str, Tensor]) -> None:
+        file = f"{name}.safetensors"
+        _write(folder / file, save({key: value.contiguous() for key, value in entries.items()}))
+        tensors.update(dict.fromkeys(entries, file))
+
+    walks = _walks(prepared, settings, measurements)
+    steps = sum(len(numbers) * len(prepared.models[0].blocks) for numbers, _ in walks)
+    count = torch.get_num_threads() if prepared.where.type == "cpu" else 1
+    found: list[MutualInformation] = []
+    with (
+        transfer_errors(folder, "cannot be written"),
+        progress_bar(steps, "Calibration", "block", progress) as bar,
+        single_threaded_torch(),
+        Workers(count) as workers,
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def advance(done: int) -> None:
+            bar.update(done)
+            give_back()
+
+        for numbers, ids in walks:
+            walking = [prepared.models[number] for number in numbers]
+            observers: list[Observer] = []
+            if "mutual_information" in measurements:
+                found.append(MutualInformation(walking, workers, phases))
+                observers.append(found[-1])
+            if "channels" in measurements:
+                observers.append(ChannelMagnitudes(walking[0]))
+            if "inputs" in measurements:
+                observers.append(LinearInputs(walking, numbers, ids.numel(), settings.rows, save_entries))
+            try:
+                Lockstep(walking, ids, observers, workers, advance, phases).run()
+            except torch.OutOfMemoryError as error:
+                raise MemoryBudgetError(
+                    f"the calibration ran out of memory on {prepared.where}: repeat the command with --device cpu"
+                ) from error
+            for observer in observers:
+                if isinstance(observer, ChannelMagnitudes):
+                    save_entries("channels", {entry("channels", 0, name): v for name, v in observer.found.items()})
+        record = CalibrationRecord(
+            version=__version__,
+            settings=settings,
+            tokens=[token_digest(ids) for ids in prepared.texts],
+            device=str(prepared.where),
+            mutual_information=found[0].found if found else None,
+            tensors=tensors,
+        )
+        _write(folder / CALIBRATION_FILE, json.dumps(record.model_dump(), indent=1).encode() + b"\n")
+    return record
+
+
+def _walks(
+    prepared: Preparation, settings: CalibrationSettings, measurements: Sequence[Measurement]
+) -> list[tuple[list[int], Tensor]]:
+    """Which models walk over which text: of channels alone, only the base."""
+    models = [0] if set(measurements) == {"channels"} else range(len(prepared.models))
+    walks = []
+    for text, ids in enumerate(prepared.texts):
+        numbers = [number for number in models if settings.text_of(number) == text]
+        if numbers:
+            walks.append((numbers, ids))
+    return walks
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not there."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
