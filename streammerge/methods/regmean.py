@@ -43,8 +43,8 @@ class Regmean(Method):
     base, W = W_0 + (sum_i a_i (W_i - W_0) G_i) S^-1, in float64. Inputs are `--calibration-rows` tokens, evenly spread
     over each model's text; the paper's Gram matrices are over whole data sets (of sums, not means: the same where all
     have as many tokens), and its off-diagonal factor is 0.9 for most models. Tensors of no linear layer, a tied
-    embedding, and experts that no token reached are averaged with a_i; a channel that is 0 on all tokens too. The factor
-    off the diagonal is below 1: with fewer tokens than channels there would be no inverse.
+    embedding, and experts that no token reached are averaged with a_i; a channel that is 0 on all tokens too. The
+    factor off the diagonal is below 1: with fewer tokens than channels there would be no inverse.
     Reference: Jin et al., Dataless knowledge fusion by merging weights of language models, arXiv 2212.09849.
 
     Raises:
