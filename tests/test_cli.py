@@ -14,7 +14,21 @@ import pytest
 import torch
 import typer
 import yaml
-from tiny_models import HEAD, MATRIX, WEIGHTS, Models, Run, content, edit_config, give_tokenizer, put, spoil, tensors
+from methods.driver import resolve
+from tiny_models import (
+    HEAD,
+    MATRIX,
+    WEIGHTS,
+    Models,
+    Run,
+    content,
+    edit_config,
+    give_tokenizer,
+    put,
+    spoil,
+    tensors,
+    write_text,
+)
 
 import streammerge
 from streammerge import cli
@@ -298,13 +312,15 @@ def test_one_value_for_all_models_or_one_each(models: Models, run: Run) -> None:
 def test_the_recipe_in_the_card_can_be_run_again(
     models: Models, saved_fisher: Path, tmp_path: Path, run: Run, method: str
 ) -> None:
-    fisher = ("--fisher", saved_fisher) if METHODS[method].Parameters.model_fields.get("importance") else ()
     experts = (models.ft, models.ft2)[: METHODS[method].most_experts]
+    needs = resolve(method, len(experts)).method
+    fisher = ("--fisher", saved_fisher) if needs.needs_fisher and not needs.fisher_of_experts else ()
+    text = write_text(models, tmp_path) if needs.calibration else ()
     weighs = "coefficient" in METHODS[method].Expert.model_fields
     coefficients = [("--coefficient", value) for value in ("0.6", "0.3")[: len(experts)] if weighs]
     options = ("-m", method, *(word for pair in coefficients for word in pair), "--max-shard-size", "8KB", "-q")
     given = ("--base", models.base, *(word for expert in experts for word in ("--ft", expert)))
-    assert run(*given, *options, *fisher, "--out", tmp_path / "out").code == 0
+    assert run(*given, *options, *fisher, *text, "--out", tmp_path / "out").code == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "run `streammerge merge recipe.yaml --out merged`" in card
     recipe = tmp_path / "recipe.yaml"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from methods.driver import Models, make_calibrated, merge, resolve
 from naive import naive_fim, naive_linear, naive_task_arithmetic, naive_ties
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,12 +20,13 @@ from torch import Tensor
 import streammerge
 from streammerge import engine
 from streammerge.budget import run_bytes
+from streammerge.calibration.store import Calibrated
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.checkpoints.source import LocalFile
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.errors import CheckpointError, IncompatibleCheckpointsError, MemoryBudgetError, TransferError
 from streammerge.fisher.store import FISHER_FILE
-from streammerge.methods import METHODS, api
+from streammerge.methods import METHODS, Method, api
 
 CONFIG = {"model_type": "llama", "hidden_size": 24, "vocab_size": 40, "num_hidden_layers": 2}
 State = dict[str, Tensor]
@@ -86,6 +90,13 @@ def save_fisher(base: str, folder: Path, seed: int = 9) -> str:
     return str(folder)
 
 
+def made_up_calibration(models: Sequence[Checkpoint], *args: object, **options: object) -> Calibrated:
+    """Numbers of the models' shapes, in place of a walk: the models of these tests are none that transformers knows."""
+    generator = torch.Generator().manual_seed(5)
+    base = {name: models[0].tensor(name) for name in sorted(models[0].tensors)}
+    return make_calibrated(base, len(models) - 1, 2, lambda shape: torch.randn(tuple(shape), generator=generator))
+
+
 def load(folder: Path) -> State:
     return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
@@ -101,24 +112,38 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def trio(tmp_path: Path) -> dict[str, str]:
-    base = save(model(0), tmp_path / "base")
+def trio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    merging = import_module("streammerge.merge")  # the package's attribute of that name is the function
+    monkeypatch.setattr(merging, "check_calibration", lambda *args: None)
+    monkeypatch.setattr(merging, "calibrate", made_up_calibration)
+    (tmp_path / "text").write_text("any")
+    folders = {name: save(model(seed), tmp_path / name) for seed, name in enumerate(("base", "one", "two"))}
     return {
-        "base": base,
-        "one": save(model(1), tmp_path / "one"),
-        "two": save(model(2), tmp_path / "two"),
-        "fisher": save_fisher(base, tmp_path / "fisher"),
+        **folders,
+        "fisher": save_fisher(folders["base"], tmp_path / "fisher"),
+        "fisher of one": save_fisher(folders["one"], tmp_path / "fisher-one", seed=10),
+        "fisher of two": save_fisher(folders["two"], tmp_path / "fisher-two", seed=11),
+        "text": str(tmp_path / "text"),
     }
 
 
+def fishers_of(method: Method, experts: Sequence[str]) -> list[str]:
+    """The Fishers a method needs, among a trio."""
+    if not method.needs_fisher:
+        return []
+    return ["fisher", *(f"fisher of {name}" for name in experts)] if method.fisher_of_experts else ["fisher"]
+
+
 def recipe(trio: Mapping[str, str], method: str, *experts: str, **parameters: Any) -> dict[str, Any]:
-    needs_fisher = method.startswith("fim")
+    experts = experts or ("one", "two")[: METHODS[method].most_experts]
+    needs = resolve(method, len(experts), **parameters).method
     return {
         "base": trio["base"],
-        "models": [trio[expert] for expert in experts or ("one", "two")[: METHODS[method].most_experts]],
+        "models": [trio[expert] for expert in experts],
         "method": method,
         "parameters": parameters,
-        "fisher_from": trio["fisher"] if needs_fisher else None,
+        "fisher_from": [trio[name] for name in fishers_of(needs, experts)],
+        "calibration": {"text": trio["text"]} if needs.calibration else {},
     }
 
 
@@ -168,6 +193,27 @@ def test_streamed_fim_equals_in_memory(
         torch.testing.assert_close(found[name], tensor, rtol=3e-7, atol=1e-6)
     assert {n: t["rescaled"] for n, t in result["tensors"].items() if "rescaled" in t} == expected.rescaled
     assert any(expected.rescaled.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("aim", [None, 0.4])
+def test_streamed_equals_the_method_in_memory(
+    trio: dict[str, str], tmp_path: Path, method: str, aim: float | None, small_tiles: None
+) -> None:
+    """Every method, from files in pieces: the bits that it gives on whole tensors in memory."""
+    job = {**recipe(trio, method), "aim": aim}
+    job["calibration"] = {"text": trio["text"]} if aim else job["calibration"]
+    streammerge.merge(job, tmp_path / "out", max_ram=least_budget(job), threads=1)
+    states = [load(Path(folder)) for folder in (trio["base"], *job["models"])]
+    with ExitStack() as stack:
+        opened = [stack.enter_context(Checkpoint.open(folder)) for folder in (trio["base"], *job["models"])]
+        calibrated = made_up_calibration(opened)
+    fishers = [load(Path(folder)) for folder in job["fisher_from"]] or [{}]
+    expected = merge(method, Models(states[0], states[1:], fishers[0], fishers[1:], calibrated), aim=aim)
+    found = load(tmp_path / "out")
+    assert found.keys() == expected.tensors.keys()
+    for name, tensor in expected.tensors.items():
+        assert torch.equal(found[name], tensor), name
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -71,6 +71,14 @@ def give_tokenizer(folder: Path) -> None:
     (folder / "merges.txt").write_text("#version: 0.2\n")
 
 
+def write_text(models: Models, folder: Path) -> tuple[str, ...]:
+    """Give the base a tokenizer and write a calibration text: the options that name it."""
+    give_tokenizer(models.base)
+    path = folder / "calibration.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog " * 20)
+    return ("--calibration", str(path), "--calibration-samples", "4", "--calibration-length", "16")
+
+
 def tensors(folder: Path) -> State:
     """Every tensor of a model, whatever its shards."""
     return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}

@@ -45,10 +45,12 @@ class Merged:
         return [row["alpha"] for row in self.blocks]
 
 
-def resolve(method: str, experts: int = 1, parameter_count: int = 1000, **parameters: Any) -> Resolved:
+def resolve(
+    method: str, experts: int = 1, parameter_count: int = 1000, aim: float | None = None, **parameters: Any
+) -> Resolved:
     """The method as a recipe with these parameters would make it; the models are called `ft0`, `ft1`, ..."""
     models = [f"ft{i}" for i in range(experts)]
-    recipe = make_recipe({"base": "base", "models": models, "method": method, "parameters": parameters})
+    recipe = make_recipe({"base": "base", "models": models, "method": method, "parameters": parameters, "aim": aim})
     return resolve_method(recipe, parameter_count)
 
 
