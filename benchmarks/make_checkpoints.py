@@ -3,7 +3,8 @@
     python benchmarks/make_checkpoints.py qwen2-1.5b --out pair --ft-no-tie     # pair/base and pair/ft
     python benchmarks/make_checkpoints.py tiny --out trio --experts 2           # trio/base, trio/ft and trio/ft2
 
-The folders load with transformers (Qwen2ForCausalLM) and merge like real ones; what they say is noise.
+The folders load with transformers (Qwen2ForCausalLM, and a tokenizer of bytes, for what needs a text) and merge like
+real ones; what they say is noise.
 
 - **Base.** Matrices are Gaussian with mean 0 and a standard deviation of 0.016 to 0.024 that differs per matrix, norm
   weights 1 +- 0.1, biases 0 +- 0.02: a forward pass stays finite.
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
 
@@ -185,9 +187,19 @@ def make_pair(
     folders = [folder / "base", *(folder / f"ft{k if k > 1 else ''}" for k in range(1, experts + 1))]
     for expert, path in enumerate(folders):
         tied, stored = (ft_tie, ft_dtype) if expert else (tie, dtype)
-        files = {"config.json": shape.config(tied, stored, rope_theta)}
+        files = {"config.json": shape.config(tied, stored, rope_theta), "tokenizer.json": tokenizer()}
         say(_write(path, blocks, expert, tied, stored, max_shard_bytes, files))
     return folders
+
+
+def tokenizer() -> bytes:
+    """The content of `tokenizer.json`: a token for each byte, ids 0 to 255 of any vocabulary, and an end token, 256."""
+    vocabulary = {letter: id for id, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<|endoftext|>"])
+    return made.to_str(pretty=True).encode() + b"\n"
 
 
 def _write(

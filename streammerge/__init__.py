@@ -7,7 +7,7 @@
 Importing this imports neither torch nor transformers; the calls do when they need them.
 """
 
-from streammerge import errors
+from streammerge import catalogue, errors
 from streammerge._version import __version__
 from streammerge.errors import StreammergeError
 from streammerge.fisher import fisher
@@ -25,6 +25,7 @@ __all__ = [
     "Recipe",
     "StreammergeError",
     "__version__",
+    "catalogue",
     "errors",
     "fisher",
     "load_recipe",

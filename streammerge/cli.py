@@ -194,6 +194,26 @@ def verify(
         raise typer.Exit(1)
 
 
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method: formula, parameters, convention, reference.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/methods.md, the page of all.")] = False,
+    json: AsJson = False,
+) -> None:
+    """List the merge methods, or say all about one.
+
+    Example: streammerge methods fim_ties
+    """
+    if markdown and (name or json):
+        raise typer.BadParameter("goes with nothing else", param_hint="--markdown")
+    if name:
+        method = streammerge.catalogue.describe(name)
+        _print(method.plain() if json else method.text())
+    elif markdown:
+        _print(streammerge.catalogue.markdown())
+    else:
+        _print(streammerge.catalogue.listing() if json else streammerge.catalogue.listing_text())
+
+
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pair and the merge.")] = Path("demo"),
     quiet: Quiet = False,
@@ -336,5 +356,6 @@ _register(merge, *_options)
 _register(plan, *_options, like=merge, drop="out save_fisher overwrite dry_run quiet")
 _register(fisher, *fisher_options(bare=True))
 _register(verify)
+_register(methods)
 _register(demo)
 _COMMANDS = {command.name for command in app.registered_commands}

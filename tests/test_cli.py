@@ -89,7 +89,7 @@ def test_the_fisher_command_takes_its_settings_by_both_names(
 def test_the_help_of_the_whole(run: Run) -> None:
     result = run("--help")
     assert result.code == 0
-    assert all(name in result.out for name in ("merge", "plan", "fisher", "verify", "demo", "--version"))
+    assert all(name in result.out for name in ("merge", "plan", "fisher", "verify", "methods", "demo", "--version"))
     assert run() == result
     assert run("-h") == result
 

@@ -83,7 +83,9 @@ ORDER = [
     "methods.aim",
     "methods.fim",
     "methods",
+    "docstrings",
     "recipe",
+    "catalogue",
     "budget",
     "plan",
     "report",
@@ -138,7 +140,12 @@ def test_imports_point_upwards(module: str) -> None:
 
 @pytest.mark.parametrize(
     "statement",
-    ["import streammerge", "import streammerge.cli", "from streammerge.cli import main; main(['--version'])"],
+    [
+        "import streammerge",
+        "import streammerge.cli",
+        "from streammerge.cli import main; main(['--version'])",
+        "from streammerge.cli import main; main(['methods', '--markdown'])",
+    ],
 )
 def test_heavy_libraries_are_imported_when_needed(statement: str) -> None:
     heavy = ["torch", "transformers", "accelerate", "huggingface_hub", "safetensors", "numpy"]

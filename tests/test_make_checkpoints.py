@@ -14,6 +14,10 @@ from torch import Tensor
 
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.errors import OutputExistsError, RecipeError
+from streammerge.fisher.probes import probe_tokens
+from streammerge.fisher.store import FisherSettings
+
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -38,7 +42,7 @@ def test_same_seed_same_bytes(trio: list[Path], tmp_path: Path) -> None:
     make_pair("tiny", tmp_path / "again", experts=2)
     make_pair("tiny", tmp_path / "other", experts=2, seed=1)
     expected = content(trio[0].parent)
-    files = {f"{model}/{file}" for model in ("base", "ft", "ft2") for file in ("config.json", "model.safetensors")}
+    files = {f"{model}/{file}" for model in ("base", "ft", "ft2") for file in FILES}
     assert expected.keys() == files
     assert content(tmp_path / "again") == expected
     other = content(tmp_path / "other")
@@ -73,6 +77,23 @@ def test_tied_and_untied_models_load_with_transformers(tmp_path: Path, tie: bool
         with torch.no_grad():
             logits = model(torch.arange(64).reshape(2, 32)).logits
         assert logits.isfinite().all() and logits.std() > 0.01
+
+
+def test_the_tokenizer_reads_any_text(trio: list[Path]) -> None:
+    """With ids inside the smallest vocabulary, and a Fisher's probe text can be read."""
+    from transformers import AutoTokenizer
+
+    text = "".join(map(chr, range(32, 127))) + "\n\tthe cat  sat \u00e9\u4e2d\U0001f600" * 3
+    for folder in trio:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
+        assert max(ids) < 256 < len(tokenizer) <= SHAPES["tiny"].vocab_size
+        assert tokenizer.eos_token_id == 256
+    (trio[0].parent.parent / "text").write_text(text * 2)
+    settings = FisherSettings(samples=3, length=64, probe_text=str(trio[0].parent.parent / "text"))
+    with Checkpoint.open(trio[0]) as base:
+        assert probe_tokens(base, SHAPES["tiny"].vocab_size, settings).shape == (3, 64)
 
 
 def test_an_untied_fine_tune_of_a_tied_base_has_a_head_near_the_embedding(tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ class Breadcrumbs(SparseMethod):
     (int(gamma * n) = 0: below 100 elements, or gamma 0). The default density is that of `ties` here; mergekit's,
     1, drops nothing.
     Reference: Davari and Belilovsky, Model Breadcrumbs, arXiv 2312.06795.
+
+    Raises:
+        RecipeError: the coefficients sum to zero where they should be normalised.
     """
 
     Parameters = BreadcrumbsParameters

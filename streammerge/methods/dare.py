@@ -23,6 +23,9 @@ class DareLinear(RandomlySparseMethod):
     blocks, and a model keeps its draws only in its place in the recipe. The default density 0.7 is that of
     long-to-short merging (p = 0.3, arXiv 2503.20641, table 7); mergekit's, 1, drops nothing.
     Reference: Yu et al., Language models are super Mario, arXiv 2311.03099.
+
+    Raises:
+        RecipeError: the coefficients sum to zero where they should be normalised.
     """
 
     Parameters = RandomParameters

@@ -61,6 +61,9 @@ class DellaLinear(Della):
     Convention: as `della`; no sign is elected, and `normalize` (off, as in mergekit) divides by the sum of the
     coefficients.
     Reference: Deep et al., DELLA-Merging, arXiv 2406.11617.
+
+    Raises:
+        RecipeError: the coefficients sum to zero where they should be normalised.
     """
 
     Parameters = DellaLinearParameters

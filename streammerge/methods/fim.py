@@ -110,7 +110,7 @@ class FimTies(Method):
     Reference: FIM-Merging, arXiv 2603.21705, algorithm 1; where it is ambiguous, the reading is the one above.
 
     Raises:
-        CheckpointError: no decoder blocks are found.
+        CheckpointError: no decoder blocks are found, or a task vector is not finite.
     """
 
     Parameters: ClassVar[type[Strict]] = FimParameters
@@ -267,6 +267,9 @@ class FimTa(FimTies):
     Convention: as `fim_ties`, without trim, gate factor and norm calibration unless asked for. Several task vectors
     are summed, as in task arithmetic: no sign is elected and nothing averaged.
     Reference: FIM-Merging, arXiv 2603.21705, "FIM-TA".
+
+    Raises:
+        CheckpointError: as `fim_ties`.
     """
 
     Parameters = FimTaParameters

@@ -69,10 +69,18 @@ def deltas(dtype: torch.dtype, n: int = 600) -> Tensor:
     return (tuned.to(dtype).float() - base.to(dtype).float()).abs()
 
 
+def patterns(end: int, shift: int = 0) -> Tensor:
+    """Floats whose bit patterns are below end << shift."""
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randint(0, end, (600,), generator=generator, dtype=torch.int32) << shift).view(torch.float32)
+
+
 STREAMS = {
     "random": deltas(torch.float32),
     "ties": deltas(torch.bfloat16),
-    "denormal": (deltas(torch.float32) * 1e-42),
+    "denormal": patterns(1 << 23),
+    "denormal bfloat16": patterns(1 << 7, 16),
+    "least denormals": patterns(20),
     "same high bits": 1 + torch.arange(600).flip(0) % 50 * 2.0**-23,
     "equal": torch.full((600,), 3.5),
     "zeros": torch.zeros(600),
@@ -84,7 +92,9 @@ STREAMS = {
 
 def test_the_streams_are_what_they_are_called() -> None:
     assert len(STREAMS["ties"].unique()) < 100 < 590 < len(STREAMS["random"].unique())
-    assert 0 < STREAMS["denormal"].max() < torch.finfo(torch.float32).tiny
+    for name in ("denormal", "denormal bfloat16", "least denormals"):
+        assert 0 < STREAMS[name].max() < torch.finfo(torch.float32).tiny
+    assert len(STREAMS["denormal bfloat16"].unique()) > 100 and len(STREAMS["denormal"].unique()) > 590
     assert len((STREAMS["same high bits"].view(torch.int32) >> 16).unique()) == 1
 
 
@@ -95,6 +105,22 @@ def test_equals_a_stable_sort(name: str, starts: Starts) -> None:
     for k in (0, 1, 2, 199, 200, 201, 300, 401, 599, 600):
         (mask,), _ = select([[scores]], [k], starts)
         assert torch.equal(mask, truth(scores, k)), k
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999, 1.0])
+def test_massive_ties_of_a_bfloat16_matrix(share: float) -> None:
+    """Of two bfloat16 models thousands of entries differ by the same: exactly k are kept, however the rows are cut."""
+    scores = deltas(torch.bfloat16, 384 * 1024).view(384, 1024)
+    values, counts = scores[scores > 0].unique(return_counts=True)
+    most = int(counts.argmax())
+    assert counts[most] > 20_000
+    k = int(counts[most + 1 :].sum()) + round(share * int(counts[most]))
+    expected = truth(scores, k)
+    for starts in (whole, every(1), every(50), every(128), lambda rows: [0, 1, rows - 1]):
+        (mask,), _ = select([[scores]], [k], starts)
+        assert int(mask.sum()) == k and torch.equal(mask, expected)
+    kept = scores.flatten()[expected]
+    assert int((kept == values[most]).sum()) == round(share * int(counts[most]))
 
 
 @pytest.mark.parametrize("k", [0, 1])
@@ -193,6 +219,46 @@ def test_a_long_stream_of_equal_halves() -> None:
             kept, start = (ones, 0) if block.row < rows // 2 else (twos, half)
             before = min(max(start + kept - block.offset, 0), len(mask))
             assert int(mask.sum()) == before and bool(mask[:before].all())
+
+
+def test_memory_does_not_grow_with_the_stream() -> None:
+    """What a pass keeps of a stream is one histogram per expert, of at most 2^16 counts."""
+    tensor = TensorContext("w", (64, 4096), "F32", 0)
+    scores = deltas(torch.bfloat16, tensor.numel).view(64, 4096)
+    results: dict[str, list[Selection]] = {}
+    for step in top_k_passes(lambda b: b.stored, [0.2, 0.7]):
+        state = step.start(Unit("w", (tensor,)), results)
+        for row in range(64):
+            step.update(state, RowBlock(tensor, 0, row, [scores[row : row + 1]] * 2, None, torch.float32))
+        kept = [value for values in state.values() if isinstance(values, list) for value in values]
+        assert sum(value.numel() for value in kept if isinstance(value, Tensor)) <= 2 << 16
+        results[step.name] = step.finish(state)
+    assert [selection.is_final for selection in results["selection"]] == [True, True]
+
+
+@pytest.mark.parametrize("offset", [2**31 - 5, 2**31, 2**32 - 5, 2**40])
+def test_ties_whose_flat_index_takes_more_than_32_bits(offset: int) -> None:
+    """The end of a unit of which everything before these ten rows is smaller."""
+    tensor = TensorContext("w", (10, 3), "F32", 0)
+    scores = torch.ones(10, 3)
+
+    def blocks() -> Iterator[RowBlock]:
+        for row in range(0, 10, 2):
+            yield RowBlock(tensor, offset, row, [scores[row : row + 2]], None, torch.float32)
+
+    passes = top_k_passes(lambda b: b.stored, [13 / 30])
+    (found,) = run_passes(passes, Unit("w", (tensor,)), blocks)["selection"]
+    assert found.cutoff == offset + 13
+    mask = torch.cat([found.mask(block.stored[0], block.offset).flatten() for block in blocks()])
+    assert mask.tolist() == [True] * 13 + [False] * 17
+
+
+@given(st.integers(1, 10**11), st.floats(0, 1))
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+def test_kept_count_of_a_fraction_is_its_numerator(numel: int, part: float) -> None:
+    """Counts are passed as fractions, k / n; the product of the two must be k again."""
+    k = min(numel, round(part * numel))
+    assert kept_count(k / numel, numel) == k
 
 
 @pytest.mark.parametrize(
