@@ -87,7 +87,7 @@ class Stream:
             start = time.perf_counter()
             scores = self.make(row * COLUMNS, (min(self.rows, self.tensor.rows - row), COLUMNS))
             self.seconds += time.perf_counter() - start
-            yield RowBlock(self.tensor, 0, row, [scores], None, torch.float32)
+            yield RowBlock(self.tensor, 0, row, [scores], [], torch.float32)
 
 
 # --- selection, and what must be true of it -----------------------------------------------------------------------

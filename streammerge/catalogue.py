@@ -15,6 +15,7 @@ from typing import Any
 from streammerge.docstrings import Documentation, Passage, parse
 from streammerge.errors import RecipeError
 from streammerge.methods import METHODS
+from streammerge.methods.aim import Aim
 from streammerge.methods.api import TensorContext, Unit
 from streammerge.recipe import DEFAULT_METHOD, make_recipe, resolve_method
 from streammerge.schema import suggest
@@ -50,14 +51,14 @@ class Cost:
     Attributes:
         reads: how often a tensor larger than the buffer is read at most; any other is read once.
         survey: whether the models are read before the merge.
-        fisher: whether the base's diagonal Fisher is needed.
-        calibration: what is measured on a calibration text; None: nothing.
+        fisher: of which models the diagonal Fisher is needed; empty: of none.
+        calibration: what is measured on a calibration text.
     """
 
     reads: int
     survey: bool
-    fisher: bool
-    calibration: str | None
+    fisher: str
+    calibration: tuple[str, ...]
 
     @property
     def before(self) -> tuple[str, ...]:
@@ -71,9 +72,9 @@ class Cost:
         if self.survey:
             parts.append("A survey reads the models before the merge.")
         if self.fisher:
-            parts.append("Needs the diagonal Fisher of the base.")
+            parts.append(f"Needs the diagonal Fisher of {self.fisher}.")
         if self.calibration:
-            parts.append(f"Needs a calibration text, to measure {self.calibration}.")
+            parts.append(f"Needs a calibration text, to measure {' and '.join(self.calibration).replace('_', ' ')}.")
         return " ".join(parts)
 
 
@@ -183,7 +184,18 @@ def markdown() -> str:
     methods = [describe(name) for name in METHODS]
     rows = [[f"[`{m.name}`](#{m.name})", _marked(m.summary), _marked(m.reference)] for m in methods]
     index = _table(["method", "what it does", "reference"], rows)
-    return "\n\n".join([_INTRODUCTION, index, *(method.markdown() for method in methods)])
+    return "\n\n".join([_INTRODUCTION, index, *(method.markdown() for method in methods), _post_step()])
+
+
+def _post_step() -> str:
+    """The section of AIM, which is no method of its own."""
+    documentation = parse(Aim)
+    convention, *others = _passages(documentation.convention, _marked, _fenced)
+    parts = ["## AIM, after any method", "`--aim OMEGA`, or `aim: OMEGA` in a recipe, with a calibration text."]
+    parts += _passages(documentation.text, _marked, _fenced)
+    return "\n\n".join(
+        [*parts, f"**Convention:** {convention}", *others, f"**Reference:** {_marked(documentation.reference)}"]
+    )
 
 
 def cost_of(name: str) -> Cost:
@@ -193,10 +205,10 @@ def cost_of(name: str) -> Cost:
     recipe = make_recipe({"base": "base", "models": models, "method": name})
     method = resolve_method(recipe, 7_000_000_000).method
     return Cost(
-        reads=1 + len(method.passes(Unit(method.unit_of(matrix), (matrix,)))),
+        reads=1 + sum(step.reads_rows for step in method.passes(Unit(method.unit_of(matrix), (matrix,)))),
         survey=method.survey(matrix) is not None,
-        fisher=method.needs_fisher,
-        calibration=getattr(method, "calibration", None),  # of the methods that measure something on a text
+        fisher="" if not method.needs_fisher else "every model" if method.fisher_of_experts else "the base",
+        calibration=method.calibration,
     )
 
 

@@ -146,7 +146,7 @@ READS = {"task_arithmetic": 1, "linear": 1, "dare_ties": 1, "karcher": 2, "model
 def test_cost(name: str) -> None:
     fim = name.startswith("fim")
     cost = catalogue.cost_of(name)
-    assert cost == catalogue.Cost(READS[name], survey=fim, fisher=fim, calibration=None)
+    assert cost == catalogue.Cost(READS[name], survey=fim, fisher="the base" if fim else "", calibration=())
     assert cost.before == (("Fisher pass", "survey") if fim else ())
     assert ("is read up to" in cost.sentence()) == (READS[name] > 1)
     assert ("Fisher" in cost.sentence(), "survey" in cost.sentence()) == (fim, fim)

@@ -24,13 +24,9 @@ class Aim(Method):
 
     Convention: for every module of the base with a weight that is not an embedding: linear layers and experts (by the
     tokens that reach them), norms (their weight has one row) and a head of its own. Biases, and experts that no token
-    reached, are left as they are merged. The report has `aim`, the mean of the factors. The authors take 256 texts of
-    512 tokens.
+    reached, are left as they are merged. The report has `aim`, the mean of the factors. An omega of 0.2 to 0.6 is
+    usual; the authors calibrate on 256 texts of 512 tokens.
     Reference: Nobari et al., Activation-informed merging of large language models, arXiv 2502.02421.
-
-    Args:
-        method: the method whose result it draws back.
-        omega: 0 to 1; 0.2 to 0.6 are usual.
     """
 
     def __init__(self, method: Method, omega: float) -> None:
