@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from streammerge.methods.api import Method
+from streammerge.methods.arcee_fusion import ArceeFusion
 from streammerge.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from streammerge.methods.dare import DareLinear, DareTies
 from streammerge.methods.della import Della, DellaLinear
@@ -14,6 +15,8 @@ from streammerge.methods.multislerp import Multislerp
 from streammerge.methods.nearswap import Nearswap
 from streammerge.methods.nuslerp import Nuslerp
 from streammerge.methods.passthrough import Passthrough
+from streammerge.methods.ram import Ram, RamPlusTl
+from streammerge.methods.sce import Sce
 from streammerge.methods.slerp import Slerp
 from streammerge.methods.task_arithmetic import TaskArithmetic
 from streammerge.methods.ties import Ties
@@ -35,6 +38,10 @@ METHODS: Mapping[str, type[Method]] = {
     "della_linear": DellaLinear,
     "breadcrumbs": Breadcrumbs,
     "breadcrumbs_ties": BreadcrumbsTies,
+    "sce": Sce,
+    "ram": Ram,
+    "ramplus_tl": RamPlusTl,
+    "arcee_fusion": ArceeFusion,
     "nearswap": Nearswap,
     "passthrough": Passthrough,
 }
