@@ -29,10 +29,11 @@ class ArceeFusion(Method):
         theta = theta_1 where I >= t, else theta_0
 
     Convention: as mergekit's `arcee_fusion`. A row is what shares all indices but the last, a vector is one row. The
-    median and the quartiles are those of all entries of a tensor, linear between neighbours; mergekit draws them from
-    a million random entries each time a tensor has more. Divergences are summed in float64, importances are float32.
-    The fine-tuned value is taken as it is (mergekit: base plus difference, in float32 whatever the output should be).
-    Rows of one entry have no divergence: such tensors are taken whole. Entries whose importance is NaN stay the base's.
+    median and the quartiles are those of all entries of a tensor, linear between neighbours; mergekit takes the lower
+    neighbour and, where a tensor has more than a million entries, those of a random sample. Divergences are summed in
+    float64, importances are float32. The fine-tuned value is taken as it is (mergekit: base plus difference, in float32
+    whatever the output should be). Rows of one entry have no divergence: such tensors are taken whole. Entries whose
+    importance is NaN stay the base's.
     Reference: Arcee, https://www.arcee.ai/blog/meet-mergekit-v0-1-arcee-fusion-expanded-model-support-multi-gpu-acceleration
 
     Raises:
