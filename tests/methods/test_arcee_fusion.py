@@ -26,9 +26,11 @@ def test_by_hand() -> None:
     threshold 1.5 x / 4. So ln 3 is taken and 5 is not."""
     three = torch.tensor(3.0).log().item()
     divergence = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    values, report = fusion([[0.0, 0.0], [0.0, 0.0]], [[three, 0.0], [5.0, 5.0]])
-    assert values == [[three, 0.0], [0.0, 0.0]]
-    assert report == {"coefficient": [1.0], "kept": 1, "threshold": pytest.approx(0.375 * three * divergence, rel=1e-6)}
+    models = Models({"w": torch.zeros(2, 2)}, [{"w": torch.tensor([[three, 0.0], [5.0, 5.0]])}], {})
+    merged = merge("arcee_fusion", models)
+    assert merged.tensors["w"].tolist() == [[three, 0.0], [0.0, 0.0]]
+    threshold = pytest.approx(0.375 * three * divergence, rel=1e-6)
+    assert merged.reports["w"] == {"coefficient": [1.0], "kept": 1, "threshold": threshold}
 
 
 @pytest.mark.parametrize(
