@@ -57,7 +57,7 @@ def shown(token: Token) -> str:
 
 
 def test_a_section_for_every_method_in_order() -> None:
-    assert list(sections()) == list(METHODS)
+    assert list(sections()) == [*METHODS, "AIM, after any method"]
 
 
 @every_method
@@ -155,14 +155,14 @@ def test_cost(name: str) -> None:
 def test_a_method_that_measures_something_on_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
     class Measured(TaskArithmetic):
         @property
-        def calibration(self) -> str:
-            return "the inputs of every matrix"
+        def calibration(self) -> tuple[Measurement, ...]:
+            return ("channels", "mutual_information")
 
     Measured.__doc__ = TaskArithmetic.__doc__
     monkeypatch.setitem(METHODS, "measured", Measured)  # type: ignore[arg-type]
     cost = catalogue.describe("measured").cost
     assert cost.before == ("calibration",)
-    assert cost.sentence().endswith(" Needs a calibration text, to measure the inputs of every matrix.")
+    assert cost.sentence().endswith(" Needs a calibration text, to measure channels and mutual information.")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from streammerge.methods.acm import AcmTa, AcmTies
 from streammerge.methods.api import Method
+from streammerge.methods.arcee_fusion import ArceeFusion
 from streammerge.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from streammerge.methods.dare import DareLinear, DareTies
 from streammerge.methods.della import Della, DellaLinear
@@ -15,7 +16,9 @@ from streammerge.methods.multislerp import Multislerp
 from streammerge.methods.nearswap import Nearswap
 from streammerge.methods.nuslerp import Nuslerp
 from streammerge.methods.passthrough import Passthrough
+from streammerge.methods.ram import Ram, RamPlusTl
 from streammerge.methods.regmean import Regmean
+from streammerge.methods.sce import Sce
 from streammerge.methods.slerp import Slerp
 from streammerge.methods.task_arithmetic import TaskArithmetic
 from streammerge.methods.ties import Ties
@@ -23,6 +26,9 @@ from streammerge.methods.ties import Ties
 METHODS: Mapping[str, type[Method]] = {
     "fim_ties": FimTies,
     "fim_ta": FimTa,
+    "acm_ties": AcmTies,
+    "acm_ta": AcmTa,
+    "regmean": Regmean,
     "linear": Linear,
     "karcher": Karcher,
     "slerp": Slerp,
@@ -37,9 +43,10 @@ METHODS: Mapping[str, type[Method]] = {
     "della_linear": DellaLinear,
     "breadcrumbs": Breadcrumbs,
     "breadcrumbs_ties": BreadcrumbsTies,
+    "sce": Sce,
+    "ram": Ram,
+    "ramplus_tl": RamPlusTl,
+    "arcee_fusion": ArceeFusion,
     "nearswap": Nearswap,
-    "acm_ta": AcmTa,
-    "acm_ties": AcmTies,
-    "regmean": Regmean,
     "passthrough": Passthrough,
 }

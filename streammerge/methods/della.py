@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 class DellaLinearParameters(RandomParameters):
-    epsilon: float = Field(0.15, ge=0, le=0.5, description="keep probabilities are density - epsilon to + epsilon")
+    epsilon: float = Field(
+        0.15,
+        ge=0,
+        le=0.5,
+        description="della: keep probabilities are density - epsilon to + epsilon; ram: smaller changes count as none",
+    )
 
 
 class DellaParameters(DellaLinearParameters):

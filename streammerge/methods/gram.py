@@ -39,6 +39,10 @@ class Gram:
     def __len__(self) -> int:
         return len(self.squares)
 
+    @property
+    def is_finite(self) -> bool:
+        return all(math.isfinite(value) for row in (self.squares, *self.distances) for value in row)
+
     @cached_property
     def norms(self) -> list[float]:
         return [math.sqrt(square) for square in self.squares]
@@ -71,7 +75,7 @@ class Combination:
 
 
 Vectors = Callable[[RowBlock], Sequence["Tensor"]]
-Solve = Callable[[Gram, Unit], Combination]
+Solve = Callable[[Gram, Unit], Any]
 
 
 class GramPass(Pass):
@@ -83,37 +87,48 @@ class GramPass(Pass):
     Args:
         vectors: row block -> n times [r, c].
         solve: Gram matrix and unit -> the pass's result.
+        metric: row block -> [r, c], the F of <x, y> = sum F x y; None: all ones.
     """
 
     name = "combination"
 
-    def __init__(self, vectors: Vectors, solve: Solve) -> None:
-        self.vectors, self.solve = vectors, solve
+    def __init__(self, vectors: Vectors, solve: Solve, metric: Callable[[RowBlock], Tensor] | None = None) -> None:
+        self.vectors, self.solve, self.metric = vectors, solve, metric
 
     def start(self, unit: Unit, done: Results) -> Any:
         return {"unit": unit, "sums": {}, "scratch": []}
 
     def update(self, state: Any, block: RowBlock) -> None:
-        vectors = self.vectors(block)
-        *wide, squares = _scratch(state, len(vectors) + 1, block.base)
+        vectors, sums = self.vectors(block), state["sums"]
+        squares, *wide = _scratch(state, len(vectors) + 1 + (self.metric is not None), block.base)
+        metric = wide.pop().copy_(self.metric(block)) if self.metric is not None else None
         for i, vector in enumerate(vectors):
             wide[i].copy_(vector)
         for i, vector in enumerate(wide):
-            _take(state["sums"], (i, i), squares.copy_(vector).mul_(vector))
-            for j in range(i + 1, len(wide)):
-                _take(state["sums"], (i, j), squares.copy_(vector).sub_(wide[j]).square_())
+            for j in range(i, len(wide)):
+                squares.copy_(vector)
+                if j != i:
+                    squares.sub_(wide[j])
+                squares.square_()
+                if metric is not None:
+                    squares.mul_(metric)
+                sums.setdefault((i, j), []).extend(exact_sum(squares))
 
-    def finish(self, state: Any) -> Combination:
+    def gram(self, state: Any) -> Gram:
         sums = {pair: math.fsum(parts) for pair, parts in state["sums"].items()}
-        if not all(math.isfinite(value) for value in sums.values()):
+        n = max((i for i, _ in sums), default=-1) + 1
+        squares = tuple(sums[i, i] for i in range(n))
+        distances = tuple(tuple(0.0 if i == j else sums[min(i, j), max(i, j)] for j in range(n)) for i in range(n))
+        return Gram(squares, distances)
+
+    def finish(self, state: Any) -> Any:
+        gram = self.gram(state)
+        if not gram.is_finite:
             raise CheckpointError(
                 f"{place_of(state['unit'])}: a value is not finite (NaN or Inf), or their squares overflow, so the "
                 "inputs have no angles; repair the model, or choose a method that needs none"
             )
-        n = max((i for i, _ in sums), default=-1) + 1
-        squares = tuple(sums[i, i] for i in range(n))
-        distances = tuple(tuple(0.0 if i == j else sums[min(i, j), max(i, j)] for j in range(n)) for i in range(n))
-        return self.solve(Gram(squares, distances), state["unit"])
+        return self.solve(gram, state["unit"])
 
 
 def place_of(unit: Unit) -> str:
@@ -152,12 +167,11 @@ def add_scaled(start: Tensor, vectors: Sequence[Tensor], coefficients: Sequence[
     return merged
 
 
-def _take(sums: dict[tuple[int, int], list[float]], pair: tuple[int, int], squares: Tensor) -> None:
-    """Add the squares of a row block to a pair's sum: the exact sum of the rows' sums as two floats, high and low."""
-    rows = squares.sum(1).tolist()
+def exact_sum(values: Tensor) -> tuple[float, float]:
+    """The sum of a row block [r, c], float64: the exact sum of the rows' sums as two floats, high and low."""
+    rows = values.sum(1).tolist()
     high = math.fsum(rows)
-    low = math.fsum([*rows, -high]) if math.isfinite(high) else 0.0
-    sums.setdefault(pair, []).extend((high, low))
+    return high, math.fsum([*rows, -high]) if math.isfinite(high) else 0.0
 
 
 def _scratch(state: dict[str, Any], count: int, like: Tensor) -> list[Tensor]:

@@ -25,6 +25,7 @@ class KarcherParameters(Strict):
     )
     max_iter: int = Field(1000, ge=0, description="most iterations; 0 gives the normalised mean times the mean norm")
     tol: float = Field(1e-12, gt=0, description="a step shorter than this, in rad, ends the iteration")
+    precondition: bool = Field(False, description="measure lengths and angles of the blocks' matrices with the Fisher")
 
 
 class KarcherExpert(ExpertParameters):
@@ -42,6 +43,9 @@ class Karcher(Method):
 
         theta = (sum_i a_i n_i) u
 
+    With `precondition`, all lengths and angles of the decoder blocks' matrices, the mean norm included, are those of
+    <x, y>_F = sum F x y with the base's diagonal Fisher F. The other tensors have no Fisher and stay Euclidean.
+
     Every iterate is a linear combination of the u_i, so all of it runs on the models' Gram matrix: one pass reads the
     data, whatever the number of iterations. Angles come from distances between the models, so small ones keep their
     digits.
@@ -49,13 +53,15 @@ class Karcher(Method):
     Convention: the base takes part with `base_coefficient` (1), as in `linear`, so that `--base A --ft B` is the
     midpoint of A and B. The paper knows models only, none of them a base; mergekit averages a base model in as one
     more point although its documentation says otherwise. Weights are ours (mergekit: always equal), and `granularity`
-    block is the paper's blockwise normalisation. `max_iter` is 1000 and `tol` 1e-12 (mergekit: 10 and 1e-5), because
-    iterations cost nothing here; mergekit's cosines in bfloat16 round to 1 below some 0.06 rad, which leaves the
-    normalised mean. The formula is that of mergekit's method, which the paper names as its code; the paper's diagonal
-    Fisher preconditioning is not in it. Zero tensors have no direction, they only count in the mean norm (mergekit
-    also leaves out norms up to `tol`). A tensor of one element has a sign only: it gets the linear mean. Models more
-    than pi - 0.001 rad from the mean, or whose mean vanishes, are an error (mergekit: takes the first, or divides by
-    zero).
+    block is the paper's blockwise normalisation; with `precondition` it pools a block's matrices, and its other tensors
+    are points of their own. `max_iter` is 1000 and `tol` 1e-12 (mergekit: 10 and 1e-5), because iterations cost nothing
+    here; mergekit's cosines in bfloat16 round to 1 below some 0.06 rad, which leaves the normalised mean. The formula
+    is that of mergekit's method, which the paper names as its code; the paper's optional diagonal Fisher
+    preconditioning is not in it, and the reading above is ours. Where every model's length by F is 0, as of experts
+    that no token reached, F says nothing and the metric is Euclidean; the report's `metric` tells. Zero tensors have no
+    direction, they only count in the mean norm (mergekit also leaves out norms up to `tol`). A tensor of one element
+    has a sign only: it gets the linear mean. Models more than pi - 0.001 rad from the mean, or whose mean vanishes, are
+    an error (mergekit: takes the first, or divides by zero).
     Reference: Fisher-Rao (Karcher) merging, arXiv 2603.04972.
 
     Raises:
@@ -80,13 +86,22 @@ class Karcher(Method):
         self._weights = [coefficients[i] / total for i in self._members]
         self._names = ["the base", *model.experts]
 
+    @property
+    def needs_fisher(self) -> bool:
+        return self.parameters.precondition
+
     def unit_of(self, tensor: TensorContext) -> str:
-        if self.parameters.granularity == "block" and tensor.block is not None:
-            return f"block {tensor.block}"
-        return tensor.name
+        pooled = self.parameters.granularity == "block" and (not self.parameters.precondition or tensor.is_matrix)
+        return f"block {tensor.block}" if pooled and tensor.block is not None else tensor.name
+
+    def reads_fisher(self, tensor: TensorContext) -> bool:
+        return self.parameters.precondition and tensor.block is not None and tensor.is_matrix
 
     def passes(self, unit: Unit) -> Sequence[Pass]:
-        return [GramPass(self._vectors, self._solve)]
+        if not self.reads_fisher(unit.tensors[0]):
+            return [GramPass(self._vectors, self._solve)]
+        by_fisher = GramPass(self._vectors, self._solve_by_fisher, lambda block: block.fisher)
+        return [by_fisher, _Otherwise(self._vectors, self._solve)]
 
     def apply(self, block: RowBlock, results: Results) -> Tensor:
         return combine(self._vectors(block), results["combination"].coefficients)
@@ -101,9 +116,13 @@ class Karcher(Method):
         models = models_of(block)
         return [models[i] for i in self._members]
 
-    def _solve(self, gram: Gram, unit: Unit) -> Combination:
+    def _solve_by_fisher(self, gram: Gram, unit: Unit) -> Combination | None:
+        return self._solve(gram, unit, "fisher") if any(gram.squares) else None
+
+    def _solve(self, gram: Gram, unit: Unit, metric: Literal["fisher", "euclidean"] = "euclidean") -> Combination:
+        told = {"metric": metric} if self.parameters.precondition else {}
         if unit.numel <= 1:
-            return Combination(tuple(self._weights), {"angle": None, "iterations": 0, "converged": True})
+            return Combination(tuple(self._weights), {"angle": None, "iterations": 0, "converged": True} | told)
         try:
             mean = karcher_mean(gram, self._weights, self.parameters.max_iter, self.parameters.tol)
         except Antipodal as error:
@@ -113,7 +132,14 @@ class Karcher(Method):
                 "mean; choose method linear, or other coefficients"
             ) from None
         facts = {"angle": gram.widest_angle, "iterations": mean.iterations, "converged": mean.converged}
-        return Combination(mean.coefficients, facts)
+        return Combination(mean.coefficients, facts | told)
+
+
+class _Otherwise(GramPass):
+    """The Euclidean Gram matrix, only where the Fisher had nothing to measure."""
+
+    def start(self, unit: Unit, done: Results) -> Any | None:
+        return super().start(unit, done) if done[self.name] is None else None
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 Non-negative float32 values order like their bit patterns; signs are ignored, and all NaN count as equal and
 largest. A histogram of the high 16 bits finds the bin of the k-th largest, one of the low 16 bits inside that
 bin finds its value. Scores equal to it are kept in flat-index order until exactly k are kept; only where some
-of them must go does a third pass look for where.
+of them must go does a third pass look for where. Order statistics (the median, quartiles) are found the same way.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Scores = Callable[[RowBlock], Sequence["Tensor"]]
+Counts = Callable[[Unit, Results], Sequence[int]]
 
 _MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
 _NAN = 0x7F800001  # the one pattern that stands for all NaN, just above infinity
@@ -72,15 +74,39 @@ def top_k_passes(scores: Scores, densities: Sequence[float], name: str = "select
         densities: fraction kept per expert; k = round(density * n), n the elements of the unit.
         name: key of the result.
     """
-    return [_HighBits(scores, densities, name), _LowBits(scores, name), _Cutoff(scores, name)]
+    return k_largest_passes(scores, lambda unit, done: [kept_count(d, unit.numel) for d in densities], name)
+
+
+def k_largest_passes(scores: Scores, counts: Counts, name: str = "selection") -> list[Pass]:
+    """As `top_k_passes`, where the k of each expert follows from the unit and the results of the passes before.
+
+    Args:
+        scores: row block -> [r, c] per expert, compared as float32 and by magnitude.
+        counts: unit and results -> k per expert.
+        name: key of the result.
+    """
+    return [_HighBits(scores, counts, name), _LowBits(scores, name), _Cutoff(scores, name)]
+
+
+def order_statistic_passes(
+    scores: Callable[[RowBlock], Tensor], ranks: Callable[[int], Sequence[int]], name: str
+) -> list[Pass]:
+    """The passes after which `results[name]` lists the scores of the given ranks, as floats.
+
+    Args:
+        scores: row block -> [r, c], taken as float32 and by magnitude.
+        ranks: elements of the unit, n -> places in the ascending order of the scores, 0 to n - 1.
+        name: key of the result.
+    """
+    return [_RankBins(scores, ranks, name), _RankValues(scores, name)]
 
 
 class _HighBits(Pass):
-    def __init__(self, scores: Scores, densities: Sequence[float], name: str) -> None:
-        self.scores, self.densities, self.name = scores, densities, name
+    def __init__(self, scores: Scores, counts: Counts, name: str) -> None:
+        self.scores, self.counts, self.name = scores, counts, name
 
     def start(self, unit: Unit, done: Results) -> Any:
-        counts = [kept_count(density, unit.numel) for density in self.densities]
+        counts = self.counts(unit, done)
         return {"kept": counts, "numel": unit.numel, "histograms": [None] * len(counts)}
 
     def update(self, state: Any, block: RowBlock) -> None:
@@ -163,6 +189,44 @@ class _Cutoff(Pass):
 
     def finish(self, state: Any) -> list[Selection]:
         return state["selections"]  # type: ignore[no-any-return]
+
+
+class _RankBins(Pass):
+    """Finds for every rank the high bits of its score, and its place among the scores that have them, from the top."""
+
+    def __init__(self, scores: Callable[[RowBlock], Tensor], ranks: Callable[[int], Sequence[int]], name: str) -> None:
+        self.scores, self.ranks, self.name = scores, ranks, name
+
+    def start(self, unit: Unit, done: Results) -> Any:
+        return {"numel": unit.numel, "histograms": [None]}
+
+    def update(self, state: Any, block: RowBlock) -> None:
+        _add(state["histograms"], 0, (_bits(self.scores(block)) >> 16).bincount(minlength=1 << 15))
+
+    def finish(self, state: Any) -> list[tuple[int, int]]:
+        (histogram,), numel = state["histograms"], state["numel"]
+        return [_descend(histogram, numel - rank) for rank in self.ranks(numel)]
+
+
+class _RankValues(Pass):
+    def __init__(self, scores: Callable[[RowBlock], Tensor], name: str) -> None:
+        self.scores, self.name = scores, name
+
+    def start(self, unit: Unit, done: Results) -> Any:
+        places = done[self.name]
+        bins = sorted({high for high, _ in places})
+        return {"places": places, "bins": bins, "histograms": [None] * len(bins)}
+
+    def update(self, state: Any, block: RowBlock) -> None:
+        bits = _bits(self.scores(block))
+        high = bits >> 16
+        for i, bin in enumerate(state["bins"]):
+            _add(state["histograms"], i, (bits[high == bin] & 0xFFFF).bincount(minlength=1 << 16))
+
+    def finish(self, state: Any) -> list[float]:
+        histograms = dict(zip(state["bins"], state["histograms"], strict=True))
+        found = [high << 16 | _descend(histograms[high], within)[0] for high, within in state["places"]]
+        return [struct.unpack("<f", struct.pack("<I", bits))[0] for bits in found]
 
 
 def _bits(scores: Tensor) -> Tensor:

@@ -62,7 +62,9 @@ class Ties(Method):
         }
 
 
-def disjoint_merge(vectors: Sequence[Tensor], divisors: Sequence[float] | None) -> Tensor:
+def disjoint_merge(
+    vectors: Sequence[Tensor], divisors: Sequence[float] | None, positive: Tensor | None = None
+) -> Tensor:
     """Elect a sign per element and merge the entries that have it.
 
         S = sign(sum_i y_i), zero counts as +;   sum_{i: sign(y_i) = S} y_i / sum_{i: sign(y_i) = S} c_i
@@ -70,11 +72,10 @@ def disjoint_merge(vectors: Sequence[Tensor], divisors: Sequence[float] | None) 
     Args:
         vectors: y, m times [r, c], scaled task vectors; exact zeros never agree.
         divisors: c per vector (1 each: divide by the count); None: do not divide.
+        positive: True where S is +; None: it is elected by the vectors, as above.
     """
-    total = vectors[0]
-    for vector in vectors[1:]:
-        total = total + vector
-    positive = total >= 0
+    if positive is None:
+        positive = elects_plus(vectors)
     merged = divisor = None
     for i, vector in enumerate(vectors):
         agrees = ((vector > 0) == positive) & (vector != 0)
@@ -87,6 +88,14 @@ def disjoint_merge(vectors: Sequence[Tensor], divisors: Sequence[float] | None) 
     if divisor is not None:
         merged = merged / divisor.masked_fill(divisor == 0, 1.0)
     return merged
+
+
+def elects_plus(vectors: Sequence[Tensor]) -> Tensor:
+    """Where the sum of the vectors is not negative, [r, c]."""
+    total = vectors[0]
+    for vector in vectors[1:]:
+        total = total + vector
+    return total >= 0
 
 
 def _magnitudes(block: RowBlock) -> list[Tensor]:

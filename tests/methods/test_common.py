@@ -1,6 +1,8 @@
 """What every method must pass: each row of METHODS is tested unasked."""
 
+import ast
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -167,6 +169,20 @@ def test_documented(name: str) -> None:
     assert not set(cls.Parameters.model_fields) & set(cls.Expert.model_fields), (
         "resolve_method could not tell them apart"
     )
+
+
+@every_method
+def test_has_an_example_by_hand(name: str) -> None:
+    """A function `test_by_hand...`, its name in it, in the test file of the module that the method is in."""
+    path = Path(__file__).parent / f"test_{METHODS[name].__module__.rpartition('.')[2]}.py"
+    assert path.is_file(), f"there is no {path.name}"
+    examples = [
+        node
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_by_hand")
+    ]
+    words = {node.value for example in examples for node in ast.walk(example) if isinstance(node, ast.Constant)}
+    assert name in words, f"{path.name} needs a test_by_hand that merges by {name!r} and has worked-out numbers"
 
 
 @every_method

@@ -55,7 +55,8 @@ def two_blocks() -> Models:
 # ---- By hand ----------------------------------------------------------------------------------------------------
 
 
-def test_fim_ties_on_two_blocks() -> None:
+def test_by_hand_on_two_blocks() -> None:
+    """Scores log 8 and log 2: the most and the least important, so 1 - sigmoid(0) and 1 - sigmoid(-1) = 0.7310586."""
     merged = merge("fim_ties", two_blocks(), density=0.5, norm_tolerance="off")
     expected = {
         "model.embed_tokens.weight": [[1.0, 1.0], [1.0, 1.0]],
@@ -78,14 +79,18 @@ def test_fim_ties_on_two_blocks() -> None:
     }
 
 
-def test_fim_ta_on_two_blocks() -> None:
-    models = two_blocks()
-    merged = merge("fim_ta", models)
-    coefficients = {0: 0.5, 1: LEAST, None: 0.0}
-    close(
-        merged.tensors,
-        {n: base + coefficients[block_of(n)] * (models.experts[0][n] - base) for n, base in models.base.items()},
-    )
+def test_by_hand_whole_task_vectors_on_two_blocks() -> None:
+    """The coefficients of `fim_ties` on all of (1, -1, 1, 1), the gate's (1, -1, 1, 1), (100, 200) and (2, 0)."""
+    merged = merge("fim_ta", two_blocks())
+    expected = {
+        "model.embed_tokens.weight": [[1.0, 1.0], [1.0, 1.0]],
+        f"model.layers.0.{Q}": [[1.5, 0.5], [1.5, 1.5]],
+        f"model.layers.0.{GATE}": [[1.5, 0.5, 1.5, 1.5]],
+        f"model.layers.0.{BIAS}": [51.0, 101.0],
+        f"model.layers.1.{Q}": [[2.4621172, 1.0]],
+        "model.norm.weight": [1.0, 1.0],
+    }
+    close(merged.tensors, {name: torch.tensor(values) for name, values in expected.items()})
     assert merged.alphas == [MOST, LEAST]
 
 

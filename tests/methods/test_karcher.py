@@ -91,6 +91,20 @@ def test_equals_the_float64_iteration(count: int, angle: float, equal: bool) -> 
     assert float((merged.tensors["w"] - expected).norm() / expected.norm()) < 1e-11
 
 
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("angle", [1e-6, 1e-4, 0.02, 0.5, 1.5, 2.5, 3.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_is_stored_is_averaged_to_a_millionth(dtype: torch.dtype, angle: float, count: int) -> None:
+    """The truth starts from the rounded vectors; in bfloat16 the angles between them are those of the rounding."""
+    tensors = [vector.to(dtype) for vector in fan(count, angle, 4096)]
+    expected, coefficients = naive_karcher(tensors, [1.0] * count)
+    merged = merge("karcher", of(*tensors))
+    report = merged.reports["w"]
+    assert report["converged"]
+    assert [report["base_coefficient"], *report["coefficient"]] == pytest.approx(coefficients.tolist(), rel=1e-6)
+    assert float((merged.tensors["w"] - expected).norm() / expected.norm()) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_equals_the_naive_reference(dtype: torch.dtype) -> None:
     models = make_models(3, dtype=dtype)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from methods.driver import run_passes
 from torch import Tensor
 
-from streammerge.methods.api import RowBlock, TensorContext, Unit
-from streammerge.methods.selection import Selection, kept_count, top_k_passes
+from streammerge.methods.api import Pass, Results, RowBlock, TensorContext, Unit
+from streammerge.methods.selection import Selection, k_largest_passes, kept_count, order_statistic_passes, top_k_passes
 
 INF, NAN = float("inf"), float("nan")
 Starts = Callable[[int], Sequence[int]]  # number of rows -> the first row of every block
@@ -266,3 +266,57 @@ def test_kept_count_of_a_fraction_is_its_numerator(numel: int, part: float) -> N
 )
 def test_kept_count_rounds_half_to_even(density: float, numel: int, kept: int) -> None:
     assert kept_count(density, numel) == kept
+
+
+def blocks_of(scores: Tensor, rows: int) -> tuple[Unit, Callable[[], Iterator[RowBlock]]]:
+    context = TensorContext("w", tuple(scores.shape), "F32", None)
+
+    def blocks() -> Iterator[RowBlock]:
+        for row in range(0, len(scores), rows):
+            yield RowBlock(context, 0, row, [scores[row : row + rows]], None, torch.float32)
+
+    return Unit("w", (context,)), blocks
+
+
+@pytest.mark.parametrize("rows", [1, 7, 50])
+@pytest.mark.parametrize("name", STREAMS)
+def test_order_statistics_equal_a_sort(name: str, rows: int) -> None:
+    scores = STREAMS[name].view(50, 12)
+    ranks = [0, 1, 149, 150, 299, 300, 299, 449, 598, 599]
+    unit, blocks = blocks_of(scores, rows)
+    passes = order_statistic_passes(lambda block: block.stored[0], lambda numel: ranks, "ranks")
+    found = torch.tensor(run_passes(passes, unit, blocks)["ranks"])
+    expected = scores.flatten().abs().sort().values[ranks]  # it puts NaN last
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
+def test_order_statistics_by_hand() -> None:
+    """Magnitudes 1, 2, 2, 7; and of a single score."""
+    for values, ranks, expected in (([2.0, -7.0, 1.0, -2.0], [0, 1, 2, 3], [1.0, 2.0, 2.0, 7.0]), ([3.5], [0], [3.5])):
+        unit, blocks = blocks_of(torch.tensor([values]), 1)
+        passes = order_statistic_passes(lambda block: block.stored[0], lambda numel, r=ranks: r, "ranks")
+        assert run_passes(passes, unit, blocks)["ranks"] == expected
+
+
+def test_counts_may_depend_on_what_was_measured() -> None:
+    """k comes from an earlier pass: here the number of scores of 2."""
+
+    class Twos(Pass):
+        name = "twos"
+
+        def start(self, unit: Unit, done: Results) -> list[int]:
+            return [0]
+
+        def update(self, state: list[int], block: RowBlock) -> None:
+            state[0] += int((block.stored[0] == 2).sum())
+
+        def finish(self, state: list[int]) -> int:
+            return state[0]
+
+    scores = torch.tensor([[2.0, 3.0], [2.0, 1.0], [4.0, 2.0]])
+    unit, blocks = blocks_of(scores, 2)
+    counted = k_largest_passes(lambda block: block.stored, lambda unit, done: [done["twos"]])
+    (found,) = run_passes([Twos(), *counted], unit, blocks)["selection"]
+    assert found.kept == 3
+    assert found.mask(scores, 0).tolist() == [[True, True], [False, False], [True, False]]

@@ -56,7 +56,7 @@ def test_the_convention_is_mergekits() -> None:
     ],
 )
 def test_by_hand(models: Models, parameters: dict[str, Any], expected: list[float]) -> None:
-    assert ties(models, **parameters) == pytest.approx(expected, rel=1e-6)
+    assert merge("ties", models, **parameters).tensors["w"].tolist() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
