@@ -11,6 +11,7 @@ from markdown_it.token import Token
 from tiny_models import Run
 
 from streammerge import catalogue
+from streammerge.calibration.store import Measurement
 from streammerge.errors import RecipeError
 from streammerge.methods import METHODS
 from streammerge.methods.task_arithmetic import TaskArithmetic
@@ -101,7 +102,7 @@ def test_links() -> None:
     assert links["ties"] == ["https://arxiv.org/abs/2306.01708"]
     assert links["slerp"] == ["https://doi.org/10.1145/325165.325242"]
     assert links["passthrough"] == ["https://github.com/arcee-ai/mergekit"]
-    assert all(catalogue.describe(name).url in found for name, found in links.items())
+    assert all(catalogue.describe(name).url in links[name] for name in METHODS)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,9 @@ def test_one_method(run: Run, name: str) -> None:
         assert part in words
     formulas = [line for p in passages if p.formula for line in p.text.splitlines()]
     assert [
-        line for line in result.out.splitlines() if len(line) > 80 and line.strip() not in map(str.strip, formulas)
+        line
+        for line in result.out.splitlines()
+        if len(line) > 80 and line.strip() not in (described.url, *map(str.strip, formulas))
     ] == []
     assert json.loads(run("methods", name, "--json").out)["parameters"] == [
         {"name": p.name, "default": p.default, "per_model": p.per_model, "description": p.description}
