@@ -26,8 +26,8 @@ class MutualInformation(Observer):
         I(X; Y) = sum_xy p(x, y) log(p(x, y) / (p(x) p(y))),  in nats
 
     p the frequencies of values, rounded to bfloat16, over the elements of the activations of all tokens: the embedding,
-    what the `down_proj` of each block gives (where a block has not just one, what the block gives), the final norm, and
-    the logits of a head of its own.
+    as the first block is given it; what the `down_proj` of each block gives (where a block has not just one, what the
+    block gives); the final norm; and the logits of a head of its own.
 
     Attributes:
         found: per fine-tuned model: embedding, block number, norm or head -> I per sample.
