@@ -36,7 +36,7 @@ class CalibrationSettings(Strict):
         description="calibration text, plain or JSONL; where every model is measured, one for all or one each",
     )
     field: str = Field("text", description="field of a JSONL record that holds the text")
-    samples: int = Field(32, ge=1, description="windows of the text, evenly spread over it")
+    samples: int = Field(16, ge=1, description="windows of the text, evenly spread over it")
     length: int = Field(128, ge=2, description="tokens per window")
     rows: int = Field(256, ge=1, description="tokens of the text whose inputs to linear layers regmean keeps")
     compute_dtype: ComputeDType | None = Field(None, description="dtype of forward and backward; the checkpoint's own")

@@ -125,6 +125,10 @@ class Checkpoint:
             raise ValueError(f"bytes {start}..{start + len(buffer)} of {info.name!r}, which has {info.nbytes}")
         self._sources[info.file].read_into(buffer, info.start + start)
 
+    def will_need(self, info: TensorInfo) -> None:
+        """All of the tensor will be read soon."""
+        self._sources[info.file].will_need(info.start, info.nbytes)
+
     def tensor(self, name: str) -> Tensor:
         """Read one whole tensor into new memory, in its own dtype."""
         import torch

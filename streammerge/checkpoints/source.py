@@ -17,6 +17,9 @@ class Source(Protocol):
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill all of `buffer` with the bytes from `offset` on; never less."""
 
+    def will_need(self, offset: int, count: int) -> None:
+        """These bytes will be read soon; nothing depends on it but time."""
+
     def close(self) -> None: ...
 
 
@@ -60,6 +63,11 @@ class LocalFile:
             if count == 0:
                 raise TransferError(f"{self.where}: ended at byte {offset + done} while being read: has it changed?")
             done += count
+
+    def will_need(self, offset: int, count: int) -> None:
+        """Have the system read them into its cache meanwhile, which takes no memory of the process."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         if self._fd >= 0:

@@ -122,7 +122,7 @@ def place(base: Checkpoint, settings: FisherSettings, run: FisherRun) -> FisherP
         prepared = prepare(base, settings, run)
         on_cpu, stay = prepared.where.type == "cpu", prepared.stay
     resident = sum(info.nbytes for n, info in base.tensors.items() if block_index(n, prefix) in stay)
-    on_device = memory.streamed + resident
+    on_device = (memory.on_cpu if on_cpu else memory.on_gpu) + resident
     host = IMPORT_BYTES + (on_device if on_cpu else CUDA_BYTES + 2 * memory.block)
     to_read = outside + 2 * sizes - resident
     return FisherPlacement(name, len(stay), len(numbers), 0 if on_cpu else on_device, host, to_read)

@@ -36,7 +36,7 @@ def blocks_that_stay(
     if device.type == "cpu":
         return frozenset()
     budget = run.max_vram or int(_FREE_SHARE * torch.cuda.mem_get_info(device)[0])
-    need = fisher_memory(model.base, settings).streamed
+    need = fisher_memory(model.base, settings).on_gpu
     if need > budget:
         raise MemoryBudgetError(
             f"a Fisher pass of {model.base.id} needs {format_memory(need)} on {device}, --max-vram allows "

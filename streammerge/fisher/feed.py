@@ -1,7 +1,8 @@
 """Decoder blocks from the files to the device, the next one while this one computes.
 
-At most two blocks are in memory: the one in work and the one being fetched. On a GPU the bytes go through two
-pinned host buffers and are copied on a side stream. A block that is placed on the device is read once and stays.
+On the CPU one block is in memory, the one in work; the system is told of the next one and reads it into its own cache.
+On a GPU there are two: the bytes go through two pinned host buffers and are copied on a side stream. A block that is
+placed on the device is read once and stays.
 """
 
 from __future__ import annotations
@@ -98,9 +99,17 @@ class BlockFeed:
             self._current.wait()
         self._position += 1
         following = self._order[self._position] if self._position < len(self._order) else index
-        if following != index and self._next is None:
+        if following != index and self._device.type == "cpu":
+            self._announce(following)
+        elif following != index and self._next is None:
             self._next = self._reader.submit(self._load, following)
         return index, self._current.raw
+
+    def _announce(self, index: int) -> None:
+        if index not in self._resident:
+            for slot in self._layouts[index].slots:
+                for part in slot.parts:
+                    self._models[index].will_need(part.tensor)
 
     def _load(self, index: int) -> _Loaded:
         """Runs on the reading thread."""

@@ -12,7 +12,7 @@ from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_
 from streammerge.checkpoints.header import DTYPES
 from streammerge.fisher.store import FisherSettings
 
-GROUP_TOKENS = 512  # tokens that go through a block together
+GROUP_TOKENS = 256  # tokens that go through a block together
 HEAD_BYTES = 8 << 20  # of the head, at a time
 HEAD_LOGITS = 2 << 20  # of all tokens, at a time
 SQUARES = 3 << 20  # elements of all sequences' gradients at a time
@@ -51,7 +51,12 @@ class FisherMemory:
     work: int
 
     @property
-    def streamed(self) -> int:
+    def on_cpu(self) -> int:
+        """The block in work, and the work."""
+        return self.block + self.work
+
+    @property
+    def on_gpu(self) -> int:
         """Two blocks, the one in work and the one that is fetched, and the work."""
         return 2 * self.block + self.work
 

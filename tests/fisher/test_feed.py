@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree
-from threading import Event
 from typing import Any
 
 import pytest
@@ -69,29 +68,20 @@ def test_blocks_come_in_order(
             assert_block(base, block_model.layouts[index], running.take()[1])
 
 
-def test_the_next_block_is_read_meanwhile_and_no_further_one(
-    feed: Feed, block_model: BlockModel, monkeypatch: pytest.MonkeyPatch
+def test_the_next_block_is_announced_and_no_further_one(
+    feed: Feed, block_model: BlockModel, reads: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    last = {index: layout.slots[-1].parts[0].tensor.name for index, layout in enumerate(block_model.layouts)}
-    arrived = {name: Event() for name in last.values()}
-    plain = Checkpoint.read_into
-
-    def announced(self: Checkpoint, info: Any, start: int, buffer: memoryview) -> None:
-        plain(self, info, start, buffer)
-        if info.name in arrived:
-            arrived[info.name].set()
-
-    monkeypatch.setattr(Checkpoint, "read_into", announced)
-    with feed([0, 1, 2]) as running:
+    announced: list[int] = []
+    monkeypatch.setattr(Checkpoint, "will_need", lambda self, info: announced.append(int(info.name.split(".")[2])))
+    with feed([0, 1, 2, 2, 1], stay=(0,)) as running:
         _, first = running.take()
-        before = first.clone()
-        assert arrived[last[1]].wait(10), "nobody asked for it yet"
-        assert not arrived[last[2]].wait(0.1)
-        assert torch.equal(first, before), "the block in work is left alone"
+        assert set(announced) == {1} and set(reads) == {0}, "told of, not read"
         _, second = running.take()
-        assert arrived[last[2]].wait(10)
-        assert first.data_ptr() != second.data_ptr()
-        assert running.take()[1].data_ptr() == first.data_ptr(), "in the room of the first"
+        assert set(announced) == {1, 2} and set(reads) == {0, 1}
+        assert running.take()[1].data_ptr() == second.data_ptr() != first.data_ptr(), "one block's room, but for 0"
+        running.take()
+        assert announced.count(1) == 2 * announced.count(2), "on the way back too"
+    assert len(announced) == 3 * len(block_model.layouts[0].slots)
 
 
 def test_what_was_read_is_counted(base: Checkpoint, block_model: BlockModel, feed: Feed) -> None:

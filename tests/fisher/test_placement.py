@@ -33,7 +33,10 @@ def block_bytes(base: Checkpoint) -> list[int]:
 
 def test_two_blocks_and_the_work(base: Checkpoint) -> None:
     memory = fisher_memory(base, settings())
-    assert memory.block == max(block_bytes(base)) and memory.streamed == 2 * memory.block + memory.work
+    assert (
+        memory.block == max(block_bytes(base))
+        and memory.on_gpu == memory.on_cpu + memory.block == 2 * memory.block + memory.work
+    )
 
 
 def test_the_largest_block_counts(tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def test_max_vram_is_for_a_gpu(block_model: BlockModel) -> None:
 
 def test_on_a_gpu_blocks_stay_as_far_as_the_budget_goes(base: Checkpoint, block_model: BlockModel) -> None:
     """No GPU is touched: the budget is given, and only headers are read. accelerate keeps room for one block more."""
-    cuda, need = torch.device("cuda", 0), fisher_memory(base, settings()).streamed
+    cuda, need = torch.device("cuda", 0), fisher_memory(base, settings()).on_gpu
     for blocks, stay in ((0, 0), (1.5, 0), (2.5, 1), (3.5, 3)):
         room = need + int(blocks * max(block_bytes(base)))
         assert len(blocks_that_stay(block_model, settings(), cuda, FisherRun("cuda", max_vram=room))) == stay
