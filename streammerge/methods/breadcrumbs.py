@@ -27,10 +27,10 @@ class Breadcrumbs(SparseMethod):
         theta = theta_0 + scale * sum_i c_i d_i        (over sum_i c_i where normalize is on)
 
     Convention: per tensor, without a rescale. Exactly that many are dropped and kept, equal magnitudes in flat-index
-    order; where both do not fit, fewer outliers are dropped. A tensor too small for an outlier to drop keeps its
-    round(density * n) largest; mergekit zeroes the whole task vector of such a tensor, by an empty slice
-    (int(gamma * n) = 0: below 100 elements, or gamma 0). The default density is that of `ties` here; mergekit's,
-    1, drops nothing.
+    order (mergekit: both numbers round down); where both do not fit, fewer outliers are dropped. A tensor too small
+    for an outlier to drop keeps its round(density * n) largest; mergekit up to 0.1.4 zeroed the whole task vector of
+    such a tensor, by an empty slice (int(gamma * n) = 0: below 100 elements, or gamma 0). The default density is that
+    of `ties` here; mergekit's, 1, drops nothing.
     Reference: Davari and Belilovsky, Model Breadcrumbs, arXiv 2312.06795.
 
     Raises:

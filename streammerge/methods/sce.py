@@ -40,8 +40,8 @@ class Sce(Method):
     Convention: as mergekit's `sce`: the sign is elected on the task vectors unweighted, zeros never agree, and the sum
     is divided by the agreeing coefficients; `select_topk` 1, the default, keeps everything (the paper keeps 10%).
     Exactly k entries are kept, equal variances in flat-index order. Variances (float32 at last) and energies are summed
-    in float64. Where k is 0, which makes mergekit's output one dimension too many, the tensor stays the base's; so
-    does every entry nobody changes. The a_i are equal where all energies are 0 (mergekit: where their sum is below
+    in float64. Where k is 0, which up to mergekit 0.1.4 added a dimension to the output, the tensor stays the base's;
+    so does every entry nobody changes. The a_i are equal where all energies are 0 (mergekit: where their sum is below
     1e-6, which is most tensors of a lightly tuned model).
     Reference: Wan et al., FuseChat: Knowledge Fusion of Chat Models, arXiv 2408.07990.
 

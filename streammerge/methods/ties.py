@@ -33,7 +33,7 @@ class Ties(Method):
     Convention: three formulas are called TIES. Here, as in mergekit, the sign is elected on the scaled task
     vectors, zero counts as +, and the divisor is the sum of the agreeing coefficients; trimmed entries never
     agree. Density is per tensor. Exactly k entries are kept, ties in flat-index order (mergekit: k rounds down,
-    ties fall as its sort likes). With one expert and coefficient c the divisor cancels c: use `scale`.
+    but not to 0; ties fall as its sort likes). With one expert and coefficient c the divisor cancels c: use `scale`.
     Reference: Yadav et al., TIES-Merging, arXiv 2306.01708.
     """
 

@@ -1,0 +1,1 @@
+"""What `parity_mergekit.py` is made of: models, mergekit's environment, cases, comparisons, intended differences."""
