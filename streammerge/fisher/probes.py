@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.errors import CheckpointError, RecipeError
 from streammerge.fisher.store import FisherSettings
+
+_PART = 1 << 16  # characters
 
 
 def probe_tokens(base: Checkpoint, vocab_size: int, settings: FisherSettings) -> Tensor:
@@ -51,7 +54,10 @@ def read_text(path: str, option: str) -> str:
 
 
 def encode(base: Checkpoint, vocab_size: int, text: str, option: str) -> Tensor:
-    """The text's token ids by the base's own tokenizer, without special tokens: [tokens], int64."""
+    """The text's token ids by the base's own tokenizer, without special tokens: [tokens], int64.
+
+    A long text is read some lines at a time: a tokenizer takes a hundred times the memory of its text.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -62,12 +68,25 @@ def encode(base: Checkpoint, vocab_size: int, text: str, option: str) -> Tensor:
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if not any((base.folder / file).is_file() for file in files):  # then transformers makes an empty one
         raise CheckpointError(f"model {base.id}: it brings no tokenizer, which {option} needs: {min(files)} or alike")
-    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.int64)
+    ids = torch.cat(
+        [torch.tensor(tokenizer.encode(part, add_special_tokens=False), dtype=torch.int64) for part in _parts(text)]
+    )
     if len(ids) and int(ids.max()) >= vocab_size:
         raise CheckpointError(
             f"model {base.id}: its tokenizer gives the id {int(ids.max())}, it has {vocab_size} tokens"
         )
     return ids
+
+
+def _parts(text: str) -> Iterator[str]:
+    """The text in pieces of at least 64 thousand characters that end with a line; one where there are no lines."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + _PART) + 1 or len(text)
+        yield text[start:end]
+        start = end
+    if not text:
+        yield text
 
 
 def windows(ids: Tensor, samples: int, length: int, what: str) -> Tensor:

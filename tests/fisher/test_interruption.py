@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pytest
@@ -204,7 +206,12 @@ def test_killed_by_the_clock(base: Path, processes: Processes, tmp_path: Path, m
     while not (tmp_path / "out" / WORK / "walk" / "input-0000.safetensors").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(moment * lasts)
+    with suppress(subprocess.TimeoutExpired):  # a machine that was busy before may have become quick
+        process.wait(moment * lasts)
+    if process.poll() == 0:
+        rmtree(tmp_path / "out")
+        test_killed_by_the_clock(base, processes, tmp_path / "sooner", moment / 2)
+        return
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert [path.name for path in (tmp_path / "out").iterdir()] == [WORK]
@@ -455,7 +462,7 @@ def test_sequences_that_went_one_by_one_still_do(
         with pytest.raises(KeyboardInterrupt):
             fisher(str(mixture), tmp_path / "out", settings(), device="cpu")
     fisher(str(mixture), tmp_path / "out", settings(), device="cpu")
-    assert sizes == [(0, 32), *((index, 1) for index in forward_steps)]
+    assert sizes == [(0, 16), *((index, 1) for index in forward_steps)]
     fisher(str(mixture), tmp_path / "whole", settings(), device="cpu")
     assert content(tmp_path / "out") == content(tmp_path / "whole")
 
