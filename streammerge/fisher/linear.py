@@ -199,13 +199,18 @@ def product(inputs: Tensor, weight: Tensor, bias: Tensor | None, workers: Worker
     A weight in another dtype, or a half-precision one on a processor without matrix units for it, is converted to
     the accumulator's dtype a few rows at a time: the same numbers, rounded once at the end.
     """
-    if _direct(inputs, weight):
+    if inputs.device.type != "cpu":
         return functional.linear(inputs, weight.to(inputs.dtype), bias)
-    x = _wide(inputs.reshape(-1, inputs.shape[-1]))
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    direct = _direct(inputs, weight)
+    x = flat if direct else _wide(flat)
     out = inputs.new_empty(len(x), len(weight))
 
     def some_rows(rows: slice) -> None:
         part = weight[rows]
+        if direct:
+            out[:, rows] = functional.linear(x, part, None if bias is None else bias[rows])
+            return
         converted = workers.scratch("weight", x, *part.shape).copy_(part)
         found = torch.mm(x, converted.T, out=workers.scratch("product", x, len(x), len(part)))
         out[:, rows] = found if bias is None else found.add_(bias[rows])
@@ -216,13 +221,18 @@ def product(inputs: Tensor, weight: Tensor, bias: Tensor | None, workers: Worker
 
 def product_back(gradient: Tensor, weight: Tensor, workers: Workers) -> Tensor:
     """gradient [..., rows] times weight [rows, columns], in the dtype of the gradient."""
-    if _direct(gradient, weight):
+    if gradient.device.type != "cpu":
         return gradient @ weight.to(gradient.dtype)
-    g = _wide(gradient.reshape(-1, gradient.shape[-1]))
+    flat = gradient.reshape(-1, gradient.shape[-1])
+    direct = _direct(gradient, weight)
+    g = flat if direct else _wide(flat)
     out = gradient.new_empty(len(g), weight.shape[1])
 
     def some_columns(columns: slice) -> None:
         part = weight[:, columns]
+        if direct:
+            out[:, columns] = g @ part
+            return
         converted = workers.scratch("weight", g, *part.shape).copy_(part)
         out[:, columns] = torch.mm(g, converted, out=workers.scratch("product", g, len(g), part.shape[1]))
 
@@ -235,8 +245,8 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _direct(values: Tensor, weight: Tensor) -> bool:
-    """Whether the device multiplies these as they are, faster than after a conversion."""
-    return values.device.type != "cpu" or (values.dtype == weight.dtype and not _is_slow(values))
+    """Whether the processor multiplies these as they are, faster than after a conversion."""
+    return values.dtype == weight.dtype and not _is_slow(values)
 
 
 def _is_slow(values: Tensor) -> bool:
@@ -248,11 +258,12 @@ def _is_slow(values: Tensor) -> bool:
 
 @cache
 def _has_bfloat16_units() -> bool:
-    """Whether the processor has matrix units for bfloat16 (Intel AMX); others are faster in float32."""
+    """Whether the processor multiplies bfloat16 (AVX-512 BF16, AMX); others are faster in float32."""
     try:
-        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return False
+    return "avx512_bf16" in text or "amx_bf16" in text
 
 
 def _tiles(count: int, length: int) -> list[slice]:
