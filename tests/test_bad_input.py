@@ -514,7 +514,7 @@ def fisher_passes(models: Models, tmp_path: Path, *options: object) -> list[tupl
 
 
 REFUSED_AT_ONCE: dict[str, tuple[tuple[str, ...], list[str]]] = {
-    "meta": (("--device", "meta"), ["--device meta: a Fisher pass runs on cpu or cuda"]),
+    "meta": (("--device", "meta"), ["--device meta: models run on cpu or cuda"]),
     "no device": (("--device", "warp"), ["--device warp: there is no such device here"]),
     "GPU memory on the CPU": (
         ("--device", "cpu", "--max-vram", "8GB"),
