@@ -14,7 +14,7 @@ from streammerge.calibration.lockstep import Observer
 from streammerge.checkpoints.buffers import as_bytes
 from streammerge.checkpoints.checkpoint import torch_dtype
 from streammerge.checkpoints.header import TensorInfo
-from streammerge.diagnose.numbers import activation_variance, effective_rank, mean, ratio
+from streammerge.diagnose.numbers import activation_variance, effective_rank, mean
 from streammerge.diagnose.settings import RankOf
 from streammerge.fisher.blocks import BlockModel
 from streammerge.methods.gram import Gram
@@ -54,7 +54,7 @@ class Collapse(Observer):
         self._workers.run(measure, range(count))
         for outputs in self._outputs:
             outputs.clear()
-        # Read again, not kept from the walk, where two blocks are in memory already; the system has them at hand.
+        # Read again in pieces, for the walk keeps no block; the system still has the files' pages at hand.
         weights = compare_weights(self._models, block, self._workers)
         self.rows.append(
             {
@@ -127,5 +127,6 @@ def _read(model: BlockModel, info: TensorInfo, start: int, count: int) -> Tensor
 
 
 def _to_mean(values: Sequence[float]) -> float | None:
-    """The merged model's value over the mean of its sources'."""
-    return ratio(values[0], math.fsum(values[1:]) / (len(values) - 1))
+    """The merged model's value over the mean of its sources'; None where that is zero."""
+    sources = math.fsum(values[1:]) / (len(values) - 1)
+    return values[0] / sources if sources else None

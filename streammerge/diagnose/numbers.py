@@ -88,7 +88,7 @@ def pearson(xs: Sequence[float], ys: Sequence[float]) -> float | None:
     if len(set(xs)) < 2 or len(set(ys)) < 2:
         return None
     dx, dy = ([value - math.fsum(side) / len(side) for value in side] for side in (xs, ys))
-    scale = math.hypot(*dx) * math.hypot(*dy)
-    if not scale:
+    x_norm, y_norm = math.hypot(*dx), math.hypot(*dy)
+    if not x_norm or not y_norm:
         return None
-    return max(-1.0, min(1.0, math.fsum(x * y for x, y in zip(dx, dy, strict=True)) / scale))
+    return max(-1.0, min(1.0, math.fsum((x / x_norm) * (y / y_norm) for x, y in zip(dx, dy, strict=True))))

@@ -12,7 +12,7 @@ from streammerge.report import table
 Columns = Sequence[tuple[str, str, str]]  # heading, key, format
 
 _COLLAPSE: Columns = (
-    ("variance", "activation_variance", ".4g"),
+    ("variance", "activation_variance", "#.4g"),
     ("/ sources", "variance_ratio", ".3f"),
     ("effective rank", "effective_rank", ".2f"),
     ("/ sources", "rank_ratio", ".3f"),
@@ -52,11 +52,11 @@ def _cells(columns: Columns, row: Mapping[str, Any]) -> list[str]:
 
 def _proxy(result: Mapping[str, Any]) -> list[str]:
     count = len(result["against"])
-    plain = f" (of {count} models that share nothing, the plain mean has {1 / math.sqrt(count):.2f})"
+    plain = f" ({1 / math.sqrt(count):.2f} for the plain mean of {count} models that share nothing)"
     return [
         f"sum over the blocks of the mean squared angle to the sources: {result['proxy_objective']:.4e} rad^2",
-        "Collapse is what ratios well below 1 show: activations that vary less and in fewer directions than the "
-        f"sources', and blocks shorter than theirs{plain if count > 1 else ''}; ratios near 1 show none.",
+        "Collapse shows as ratios well below 1: activations vary less and in fewer directions than the sources', and "
+        f"blocks are shorter{plain if count > 1 else ''}; ratios near 1 mean none.",
     ]
 
 
