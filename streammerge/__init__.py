@@ -9,6 +9,8 @@ Importing this imports neither torch nor transformers; the calls do when they ne
 
 from streammerge import catalogue, errors
 from streammerge._version import __version__
+from streammerge.diagnose import diagnose
+from streammerge.diagnose.settings import DiagnoseSettings
 from streammerge.errors import StreammergeError
 from streammerge.fisher import fisher
 from streammerge.fisher.store import FisherSettings
@@ -20,12 +22,14 @@ from streammerge.verify import verify
 
 __all__ = [
     "METHODS",
+    "DiagnoseSettings",
     "FisherSettings",
     "MergePlan",
     "Recipe",
     "StreammergeError",
     "__version__",
     "catalogue",
+    "diagnose",
     "errors",
     "fisher",
     "load_recipe",

@@ -15,10 +15,12 @@ import typer
 import streammerge
 from streammerge.checkpoints.locate import HUB_SCHEME
 from streammerge.checkpoints.output import check_output
+from streammerge.diagnose.text import diagnose_text
 from streammerge.errors import RecipeError, StreammergeError
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FisherRecord, FisherSettings
 from streammerge.options import (
+    Against,
     AimOmega,
     AllowNonfinite,
     AsJson,
@@ -37,6 +39,7 @@ from streammerge.options import (
     MethodName,
     Out,
     Overwrite,
+    Plot,
     Quiet,
     RecipeFile,
     SaveFisher,
@@ -44,6 +47,8 @@ from streammerge.options import (
     TrustRemoteCode,
     calibration_options,
     calibration_settings,
+    diagnose_options,
+    diagnose_settings,
     fisher_options,
     fisher_settings,
     method_options,
@@ -214,6 +219,32 @@ def methods(
         _print(streammerge.catalogue.listing() if json else streammerge.catalogue.listing_text())
 
 
+def diagnose(
+    model: Annotated[str, typer.Argument(help="The merged model: folder or org/name\\[@revision].")],
+    against: Against,
+    plot: Plot = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Say whether a merged model's decoder blocks have collapsed, or how far from linear a fine-tuned model's are.
+
+    Example: streammerge diagnose merged --against Qwen/Qwen2.5-Math-7B --against ./my-finetune
+    """
+    result = streammerge.diagnose(
+        model,
+        against,
+        diagnose_settings(options),
+        device=device,
+        trust_remote_code=trust_remote_code,
+        plot=plot,
+        progress=not quiet,
+    )
+    _print(result if json else diagnose_text(result))
+
+
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pair and the merge.")] = Path("demo"),
     quiet: Quiet = False,
@@ -357,5 +388,6 @@ _register(plan, *_options, like=merge, drop="out save_fisher overwrite dry_run q
 _register(fisher, *fisher_options(bare=True))
 _register(verify)
 _register(methods)
+_register(diagnose, *diagnose_options())
 _register(demo)
 _COMMANDS = {command.name for command in app.registered_commands}

@@ -67,8 +67,10 @@ def refuse_quantised(model: Checkpoint) -> None:
             )
 
 
-def match_experts(base: Checkpoint, experts: Sequence[Checkpoint]) -> list[Match]:
-    """Match every fine-tuned model to the base.
+def match_experts(
+    base: Checkpoint, experts: Sequence[Checkpoint], verdict: str = "these models cannot be merged into"
+) -> list[Match]:
+    """Match every fine-tuned model to the base; `verdict` begins the message where one does not match.
 
     Raises:
         IncompatibleCheckpointsError: every difference that would make the merge wrong, of all models at once.
@@ -81,7 +83,7 @@ def match_experts(base: Checkpoint, experts: Sequence[Checkpoint]) -> list[Match
         match.notes += [f"{expert.id}: {note}" for note in _config_notes(base, expert)]
         matches.append(match)
     if mismatches:
-        raise IncompatibleCheckpointsError(f"these models cannot be merged into {base.id}:", mismatches)
+        raise IncompatibleCheckpointsError(f"{verdict} {base.id}:", mismatches)
     return matches
 
 

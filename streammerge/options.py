@@ -17,12 +17,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from streammerge.calibration.store import CalibrationSettings
+from streammerge.diagnose.settings import DiagnoseSettings
 from streammerge.fisher.store import FisherSettings
 from streammerge.methods import METHODS
 from streammerge.recipe import DEFAULT_METHOD, Recipe
 
 MODELS, METHOD, RESOURCES = "Models", "Parameters of the methods", "Resources"
-FISHER, CALIBRATION = "Fisher", "Calibration text"
+FISHER, CALIBRATION, DIAGNOSIS = "Fisher", "Calibration text", "Diagnosis"
 
 
 def _described(model: type[BaseModel], key: str) -> str:
@@ -46,6 +47,13 @@ AimOmega = Annotated[
     float | None,
     typer.Option("--aim", metavar="OMEGA", min=0, max=1, help=_described(Recipe, "aim"), rich_help_panel=CALIBRATION),
 ]
+Against = Annotated[
+    list[str],
+    typer.Option(help="Model it was merged from, or for --nonlinearity its base. Repeat.", rich_help_panel=MODELS),
+]
+Plot = Annotated[
+    Path | None, typer.Option(help="Draw the blocks into this file: .png, .pdf or .svg; needs matplotlib.")
+]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Output folder: new, empty, or left unfinished.")]
 FisherFrom = Annotated[
     list[str] | None,
@@ -59,7 +67,7 @@ SaveFisher = Annotated[
     Path | None, typer.Option(help="Keep the Fisher in this folder, for other merges.", rich_help_panel=FISHER)
 ]
 Device = Annotated[
-    str | None, typer.Option(help="Where a Fisher pass runs: cpu, cuda, cuda:1. (default: a GPU if there is one)")
+    str | None, typer.Option(help="Where models run: cpu, cuda, cuda:1. (default: a GPU if there is one)")
 ]
 MaxVram = Annotated[
     str | None,
@@ -79,7 +87,7 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run Python code that the base model brings, for a Fisher pass. From the Hub, pin it: org/name@COMMIT.",
+        help="Run Python code that a model brings, where it is run. From the Hub, pin it: org/name@COMMIT.",
     ),
 ]
 MaxRam = Annotated[
@@ -143,6 +151,15 @@ def calibration_options() -> Iterator[inspect.Parameter]:
 def calibration_settings(options: dict[str, Any]) -> dict[str, Any]:
     names = {key: "calibration" if key == "text" else f"calibration_{key}" for key in CalibrationSettings.model_fields}
     return {key: options[name] for key, name in names.items() if options.get(name)}
+
+
+def diagnose_options() -> Iterator[inspect.Parameter]:
+    for key, field in DiagnoseSettings.model_fields.items():
+        yield _setting_option(key, field, DIAGNOSIS)
+
+
+def diagnose_settings(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: options[key] for key in DiagnoseSettings.model_fields if options.get(key)}
 
 
 def _setting_option(name: str, field: FieldInfo, panel: str, aliases: Sequence[str] = ()) -> inspect.Parameter:

@@ -514,7 +514,7 @@ def fisher_passes(models: Models, tmp_path: Path, *options: object) -> list[tupl
 
 
 REFUSED_AT_ONCE: dict[str, tuple[tuple[str, ...], list[str]]] = {
-    "meta": (("--device", "meta"), ["--device meta: a Fisher pass runs on cpu or cuda"]),
+    "meta": (("--device", "meta"), ["--device meta: models run on cpu or cuda"]),
     "no device": (("--device", "warp"), ["--device warp: there is no such device here"]),
     "GPU memory on the CPU": (
         ("--device", "cpu", "--max-vram", "8GB"),
@@ -587,7 +587,7 @@ def test_a_fisher_of_random_tokens_is_none_of_a_text(
 
 OPTIONS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "method misspelt": (("-m", "fim-tie"), ["there is no such method: did you mean 'fim_ties'?", "'fim-tie'"]),
-    "method unknown": (("-m", "xyz"), ["there is no such method: known: fim_ties, fim_ta, linear", "'xyz'"]),
+    "method unknown": (("-m", "xyz"), ["there is no such method: known: fim_ties, fim_ta, ", "'xyz'"]),
     "parameter of another method": (
         ("-m", "task_arithmetic", "--density", "0.2"),
         ["method task_arithmetic has no parameter 'density': known: coefficient"],

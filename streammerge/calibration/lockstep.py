@@ -73,10 +73,13 @@ class Lockstep:
         """
         count, blocks = len(self.models), len(self.models[0].blocks)
         items = [item for block in zip(*(model.feed_blocks for model in self.models), strict=True) for item in block]
-        groups = self.ids.split(max(1, GROUP_TOKENS // self.ids.shape[1]))
         with torch.no_grad():
-            recordings = [self._record(number, groups) for number in range(count)]
+            recordings = [record_groups(model, self.ids) for model in self.models]
             hidden = [[recording.embedded for recording in of_model] for of_model in recordings]
+            for number, of_model in enumerate(recordings):
+                for recording in of_model:
+                    for observer in self.observers:
+                        observer.embedded(number, recording.embedded)
             order = range(blocks * count)
             with BlockFeed(items, order, self.models[0].device, (), self.phases) as feed:
                 for block in range(blocks):
@@ -89,20 +92,6 @@ class Lockstep:
             for number in range(count):
                 for observer in self.observers:
                     observer.last(number, hidden[number])
-
-    def _record(self, number: int, groups: Sequence[Tensor]) -> list[Recording]:
-        model = self.models[number]
-        tokens, local = self.ids.unique(return_inverse=True)
-        model.load_embedding_rows(tokens)
-        special = {model.embedding, *({model.head} if model.head else model.parameters_of_head())}
-        model.load_outside(skip=special)
-        recordings = []
-        for ids in local.to(model.device).split(len(groups[0])):
-            recording = model.record(ids)
-            recordings.append(Recording(recording.embedded.detach(), recording.calls))
-            for observer in self.observers:
-                observer.embedded(number, recordings[-1].embedded)
-        return recordings
 
     def _through(
         self, number: int, block: int, raw: Tensor, recordings: Sequence[Recording], hidden: list[Tensor]
@@ -126,12 +115,35 @@ class Lockstep:
                 for hook in hooks:
                     hook.remove()
                 start += len(inputs)
-                if not outputs[-1].isfinite().all():
-                    raise CheckpointError(
-                        f"model {model.base.id}: the output of decoder block {block} is not finite (computed in "
-                        f"{model.dtype}); try another compute dtype, such as float32"
-                    )
+                check_output(model, block, outputs[-1])
                 for observer in self.observers:
                     observer.output(number, block, outputs[-1])
         model.remove(block)
         return outputs
+
+
+def record_groups(model: BlockModel, ids: Tensor) -> list[Recording]:
+    """Load what lies before the blocks and record what they are given, a group of sequences after the other.
+
+    Args:
+        model: nothing loaded.
+        ids: token ids [samples, length].
+    """
+    tokens, local = ids.unique(return_inverse=True)
+    model.load_embedding_rows(tokens)
+    special = {model.embedding, *({model.head} if model.head else model.parameters_of_head())}
+    model.load_outside(skip=special)
+    recordings = []
+    for group in local.to(model.device).split(max(1, GROUP_TOKENS // ids.shape[1])):
+        recording = model.record(group)
+        recordings.append(Recording(recording.embedded.detach(), recording.calls))
+    return recordings
+
+
+def check_output(model: BlockModel, block: int, hidden: Tensor) -> None:
+    """Raise CheckpointError where a block's output is not finite."""
+    if not hidden.isfinite().all():
+        raise CheckpointError(
+            f"model {model.base.id}: the output of decoder block {block} is not finite (computed in "
+            f"{model.dtype}); try another compute dtype, such as float32"
+        )

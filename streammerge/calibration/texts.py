@@ -25,22 +25,22 @@ def calibration_tokens(base: Checkpoint, vocab_size: int, settings: CalibrationS
         CheckpointError: the base brings no tokenizer, or one that knows more tokens than the model.
     """
     return [
-        windows(
-            encode(base, vocab_size, _text(path, settings.field), _OPTION),
-            settings.samples,
-            settings.length,
-            f"{_OPTION} {path}",
-        )
+        file_windows(base, vocab_size, path, settings.field, settings.samples, settings.length, _OPTION)
         for path in settings.text
     ]
 
 
-def _text(path: str, field: str) -> str:
-    text = read_text(path, _OPTION)
-    return "\n\n".join(_records(path, text, field)) if path.endswith((".jsonl", ".ndjson")) else text
+def file_windows(
+    base: Checkpoint, vocab_size: int, path: str, field: str, samples: int, length: int, option: str
+) -> Tensor:
+    """Token ids [samples, length] of one text, which `option` names; the field of its records by `option`-field."""
+    text = read_text(path, option)
+    if path.endswith((".jsonl", ".ndjson")):
+        text = "\n\n".join(_records(path, text, field, option))
+    return windows(encode(base, vocab_size, text, option), samples, length, f"{option} {path}")
 
 
-def _records(path: str, text: str, field: str) -> Sequence[str]:
+def _records(path: str, text: str, field: str, option: str) -> Sequence[str]:
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -48,12 +48,12 @@ def _records(path: str, text: str, field: str) -> Sequence[str]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            raise RecipeError(f"{_OPTION} {path}, line {number}: not valid JSON") from None
+            raise RecipeError(f"{option} {path}, line {number}: not valid JSON") from None
         value = record.get(field) if isinstance(record, dict) else None
         if not isinstance(value, str):
             names = ", ".join(sorted(record)) if isinstance(record, dict) else "no mapping"
             raise RecipeError(
-                f"{_OPTION} {path}, line {number}: no text in field {field!r} (it has {names}): --calibration-field"
+                f"{option} {path}, line {number}: no text in field {field!r} (it has {names}): {option}-field"
             )
         found.append(value)
     return found

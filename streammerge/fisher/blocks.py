@@ -155,9 +155,12 @@ class BlockModel:
             value = self._whole(name).to(self.device, self.dtype)
             setattr(head, leaf, nn.Parameter(value, requires_grad=False))
 
-    def install(self, index: int, raw: Tensor) -> nn.Module:
-        """Make the block's parameters views of its bytes (or, where the dtype differs, of converted copies)."""
-        for slot in self.layouts[index].slots:
+    def install(self, index: int, raw: Tensor, layout: BlockLayout | None = None) -> nn.Module:
+        """Make the block's parameters views of its bytes (or, where the dtype differs, of converted copies).
+
+        `layout`: how the bytes lie, where they are the same block of another model.
+        """
+        for slot in (layout or self.layouts[index]).slots:
             value = slot.view(raw)
             dtype = slot.dtype if is_linear_weight(self.model, slot.parameter) else self.dtype
             self._set(slot.parameter, value, dtype)

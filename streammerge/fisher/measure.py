@@ -277,7 +277,7 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(f"--device {name}: there is no such device here ({str(error).splitlines()[0]})") from None
     if device.type not in ("cpu", "cuda"):
-        raise RecipeError(f"--device {name}: a Fisher pass runs on cpu or cuda")
+        raise RecipeError(f"--device {name}: models run on cpu or cuda")
     return device
 
 

@@ -111,7 +111,7 @@ def test_with_a_driver_torch_decides(monkeypatch: pytest.MonkeyPatch, usable: bo
     [
         ("cuda:99", "--device cuda:99: there is no such device here"),
         ("nonsense", "--device nonsense: there is no such device here"),
-        ("meta", "--device meta: a Fisher pass runs on cpu or cuda"),
+        ("meta", "--device meta: models run on cpu or cuda"),
     ],
 )
 def test_a_device_that_is_none_is_refused(qwen2: Path, tmp_path: Path, device: str, message: str) -> None:
