@@ -126,6 +126,8 @@ def measure(
             tensors=tensors,
         )
         _write(folder / CALIBRATION_FILE, json.dumps(record.model_dump(), indent=1).encode() + b"\n")
+    del prepared, found
+    give_back()
     return record
 
 

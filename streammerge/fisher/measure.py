@@ -149,6 +149,7 @@ def measure(
         record = _record(base, model, settings, identity, ids, walk, writer, str(where))
         content = json.dumps(record.model_dump(), indent=2).encode() + b"\n"
         writer.publish({FISHER_FILE: content})
+    give_back()
     return record
 
 

@@ -72,7 +72,7 @@ class Regmean(Method):
 
     def workspace(self, tensor: TensorContext) -> int:
         rows = self.model.calibration_rows * len(self._weights)
-        held = 2 * rows * tensor.columns + 3 * rows * rows + tensor.tile_rows * (3 * tensor.columns + 2 * rows)
+        held = rows * tensor.columns + 3 * rows * rows + tensor.tile_rows * (3 * tensor.columns + 2 * rows)
         return 8 * held if tensor.is_matrix else 0
 
     def passes(self, unit: Unit) -> Sequence[Pass]:
@@ -116,10 +116,12 @@ class _Solved:
         for diagonal in self._diagonals[1:]:
             self._total += diagonal
         self._inverse = torch.where(self._total > 0, 1 / self._total, 0.0)
-        inner = (z * self._inverse) @ z.T
+        half = self._inverse.sqrt()  # in two steps, without a second copy of Z
+        z *= half
+        inner = z @ z.T
         inner.diagonal().add_(1.0)
-        self._factor = torch.linalg.cholesky(inner)
-        z *= self._inverse
+        self._core = torch.cholesky_inverse(torch.linalg.cholesky(inner))  # (1 + Z D^-1 Z^T)^-1
+        z *= half
         self._scaled = z  # Z D^-1
 
     def change(self, vectors: Sequence[Tensor], average: Tensor) -> Tensor:
@@ -132,8 +134,7 @@ class _Solved:
             wide = vector.double()
             straight += wide * (diagonal * self._inverse)
             straight += ((wide * self._total) @ rows.T) @ rows
-        along = torch.cholesky_solve(((straight * self._total) @ self._scaled.T).T, self._factor).T
-        found = straight - along @ self._scaled
+        found = straight - (((straight * self._total) @ self._scaled.T) @ self._core) @ self._scaled
         return torch.where(self._total > 0, found.to(average.dtype), average)
 
 
