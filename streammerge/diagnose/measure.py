@@ -15,7 +15,7 @@ from streammerge.calibration.measure import Preparation
 from streammerge.calibration.texts import file_windows
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.diagnose.collapse import Collapse
-from streammerge.diagnose.nonlinearity import NonlinearityWalk
+from streammerge.diagnose.nonlinearity import NonlinearityWalk, wide
 from streammerge.diagnose.numbers import mean, pearson
 from streammerge.diagnose.settings import DiagnoseSettings
 from streammerge.errors import CheckpointError, MemoryBudgetError
@@ -38,7 +38,7 @@ def prepare(models: Sequence[Checkpoint], settings: DiagnoseSettings, run: Fishe
     where = find_device(run.device or default_device())
     dtype = compute_dtype(models[0], settings.compute_dtype)
     if settings.nonlinearity and settings.compute_dtype is None:
-        dtype = torch.promote_types(dtype, torch.float32)  # outputs close to one another, subtracted
+        dtype = wide(dtype)  # outputs close to one another are subtracted
     built = [BlockModel(model, dtype, where, run.trust_remote_code) for model in models]
     for other in built[1:]:
         _require_same_blocks(built[0], other)
