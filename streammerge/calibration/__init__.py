@@ -14,7 +14,9 @@ from streammerge.calibration.store import (
     open_calibration,
 )
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
-from streammerge.fisher.placement import IMPORT_BYTES, FisherRun
+from streammerge.fisher.placement import GROUP_TOKENS, IMPORT_BYTES, FisherRun
+
+_SLACK = 40 << 20
 
 
 @dataclass(frozen=True)
@@ -38,16 +40,37 @@ def calibration_cost(
     models: Sequence[Checkpoint], settings: CalibrationSettings, measurements: Sequence[Measurement]
 ) -> CalibrationCost:
     """From headers alone. `models`: the base and the fine-tuned ones."""
-    sizes = [sum(info.nbytes for info in model.tensors.values()) for model in models]
-    prefix = decoder_prefix(models[0].tensors)
+    base = models[0]
+    walking = models[:1] if set(measurements) == {"channels"} else models
+    sizes = [sum(info.nbytes for info in model.tensors.values()) for model in walking]
+    prefix = decoder_prefix(base.tensors)
     blocks: dict[int, int] = {}
-    for name, info in models[0].tensors.items():
+    columns: dict[int, int] = {}
+    vocabulary = hidden = widest = width = 0
+    for name, info in base.tensors.items():
         number = block_index(name, prefix)
-        if number is not None:
+        if number is None:
+            if len(info.shape) == 2 and info.shape[0] > vocabulary:
+                vocabulary, hidden = info.shape
+                width = info.nbytes // max(info.numel, 1)
+        elif len(info.shape) > 1:
             blocks[number] = blocks.get(number, 0) + info.nbytes
+            columns[number] = columns.get(number, 0) + info.shape[-1]
+            widest = max(widest, info.shape[-2])
     tokens = settings.samples * settings.length
-    host = IMPORT_BYTES + 2 * max(blocks.values(), default=0)
-    return CalibrationCost(tuple(measurements), tokens, host, sum(sizes))
+    states = (2 * len(walking) + 1) * tokens * hidden * width
+    # Fitted on the 0.5B and 1.5B shapes: what a group of tokens goes through, and what the allocator keeps.
+    block = max(blocks.values(), default=0) + 12 * GROUP_TOKENS * widest + _SLACK
+    if "inputs" in measurements:
+        block += 2 * len(walking) * settings.rows * max(columns.values(), default=0) * width
+    head = 0
+    if "mutual_information" in measurements and _has_head(base):
+        head = settings.length * vocabulary * (2 * len(walking) + 8)
+    return CalibrationCost(tuple(measurements), tokens, IMPORT_BYTES + states + max(block, head), sum(sizes))
+
+
+def _has_head(model: Checkpoint) -> bool:
+    return any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in model.tensors)
 
 
 def check(models: Sequence[Checkpoint], settings: CalibrationSettings, run: FisherRun) -> None:
