@@ -18,6 +18,7 @@ from streammerge.checkpoints.locate import open_model
 from streammerge.compatibility import Match, match_experts, refuse_quantised
 from streammerge.errors import RecipeError
 from streammerge.fisher import place
+from streammerge.fisher.placement import IMPORT_BYTES as WITH_TRANSFORMERS
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import STORED_AS, FisherRecord, FisherSettings, open_fisher
 from streammerge.methods.api import Method, TensorContext, Unit
@@ -147,12 +148,13 @@ class MergePlan:
 
     def summary(self, run: FisherRun | None = None) -> dict[str, Any]:
         """What `streammerge plan` prints; `run`: how a Fisher pass would be run."""
-        merges = IMPORT_BYTES + self.budget.total
         run = run or FisherRun()
         measured = [] if self.fishers else self.of_fishers
         placed = [place(model, self.recipe.fisher, run) for model in measured]
         calibration = self._calibration_cost()
         passes_host = [fisher.host_bytes for fisher in placed] + ([calibration.host_bytes] if calibration else [])
+        imported = WITH_TRANSFORMERS if passes_host else IMPORT_BYTES  # one process does it all
+        merges = imported + self.budget.total
         return {
             "method": self.recipe.method,
             "parameters_of_method": self.resolved.parameters,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from streammerge._version import __version__
@@ -79,8 +79,8 @@ def measure(
 
     def save_entries(name: str, entries: Mapping[str, Tensor]) -> None:
         file = f"{name}.safetensors"
-        _write(folder / file, save({key: value.contiguous() for key, value in entries.items()}))
-        tensors.update(dict.fromkeys(entries, file))
+        save_file({key: value.contiguous() for key, value in entries.items()}, folder / file)
+        tensors.update(dict.fromkeys(entries, file))  # `calibration.json` comes last: no file counts before it
 
     walks = _walks(prepared, settings, measurements)
     steps = sum(len(numbers) * len(prepared.models[0].blocks) for numbers, _ in walks)

@@ -107,9 +107,10 @@ class _Solved:
         self._counts = [len(x) for x in inputs]
         self.tokens = sum(self._counts)
         shares = [weight / max(count, 1) for weight, count in zip(weights, self._counts, strict=True)]
-        z = torch.cat([x.double() for x in inputs])
+        z = torch.empty(self.tokens, inputs[0].shape[-1], dtype=torch.float64)
         self._diagonals = []  # (1 - s) a_i diag(X_i^T X_i / n_i)
-        for rows, share in zip(z.split(self._counts), shares, strict=True):
+        for x, rows, share in zip(inputs, z.split(self._counts), shares, strict=True):
+            rows.copy_(x)
             self._diagonals.append(torch.linalg.vecdot(rows, rows, dim=0) * (share * (1 - off_diagonal)))
             rows *= math.sqrt(share * off_diagonal)
         self._total = self._diagonals[0].clone()  # D
