@@ -22,6 +22,7 @@ from streammerge.fisher import check as check_fisher
 from streammerge.fisher import fisher as measure_fisher
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FISHER_FILE, FisherRecord, check_same_base, open_fisher
+from streammerge.heap import give_back
 from streammerge.plan import MergePlan, plan
 from streammerge.recipe import Recipe
 from streammerge.report import manifest, model_card, resolved_recipe
@@ -103,6 +104,8 @@ def merge(
                     run,
                     progress=progress,
                 )
+            if unmeasured or job.method.calibration:
+                give_back()  # the models that were walked
             method, entries = Engine(job, writer, progress).run()
             result = manifest(job, method, sources, entries, writer.finished)
             files: dict[str, bytes | Path] = {name: job.base.folder / name for name in job.base.side_files()}

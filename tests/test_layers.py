@@ -19,6 +19,7 @@ ORDER = [
     "schema",
     "progress",
     "workers",
+    "heap",
     "checkpoints.header",
     "checkpoints.source",
     "checkpoints.buffers",

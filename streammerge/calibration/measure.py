@@ -23,9 +23,10 @@ from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.checkpoints.output import transfer_errors
 from streammerge.errors import MemoryBudgetError
 from streammerge.fisher.blocks import BlockModel
-from streammerge.fisher.measure import compute_dtype, find_device, memory_keeper, token_digest
+from streammerge.fisher.measure import compute_dtype, find_device, token_digest
 from streammerge.fisher.phases import Phases
 from streammerge.fisher.placement import FisherRun, default_device
+from streammerge.heap import give_back, one_heap
 from streammerge.progress import progress_bar
 from streammerge.workers import Workers, single_threaded_torch
 
@@ -73,7 +74,7 @@ def measure(
         TransferError: the folder cannot be written.
     """
     phases = phases or Phases()
-    give_back = memory_keeper()
+    one_heap()
     prepared = prepare(models, settings, run)
     tensors: dict[str, str] = {}
 
@@ -126,8 +127,6 @@ def measure(
             tensors=tensors,
         )
         _write(folder / CALIBRATION_FILE, json.dumps(record.model_dump(), indent=1).encode() + b"\n")
-    del prepared, found
-    give_back()
     return record
 
 

@@ -20,9 +20,10 @@ from streammerge.diagnose.numbers import mean, pearson
 from streammerge.diagnose.settings import DiagnoseSettings
 from streammerge.errors import CheckpointError, MemoryBudgetError
 from streammerge.fisher.blocks import BlockModel
-from streammerge.fisher.measure import compute_dtype, find_device, memory_keeper, token_digest
+from streammerge.fisher.measure import compute_dtype, find_device, token_digest
 from streammerge.fisher.placement import FisherRun, default_device
 from streammerge.fisher.probes import random_tokens
+from streammerge.heap import give_back, one_heap
 from streammerge.progress import progress_bar
 from streammerge.workers import Workers, single_threaded_torch
 
@@ -47,7 +48,7 @@ def prepare(models: Sequence[Checkpoint], settings: DiagnoseSettings, run: Fishe
 
 def measure(models: Sequence[Checkpoint], settings: DiagnoseSettings, run: FisherRun, progress: bool) -> dict[str, Any]:
     """See `diagnose`. `models`: the merged model and its sources, or the base and its fine-tune."""
-    give_back = memory_keeper()
+    one_heap()
     prepared = prepare(models, settings, run)
     (ids,) = prepared.texts
     steps = len(prepared.models[0].blocks) * (3 if settings.nonlinearity else len(models))

@@ -72,8 +72,8 @@ class Regmean(Method):
 
     def workspace(self, tensor: TensorContext) -> int:
         rows = self.model.calibration_rows * len(self._weights)
-        held = rows * tensor.columns + 3 * rows * rows + tensor.tile_rows * (3 * tensor.columns + 2 * rows)
-        return 8 * held if tensor.is_matrix else 0
+        of_rows = tensor.tile_rows * (10 * tensor.columns + 2 * rows)  # temporaries of a row block, in float64
+        return 10 * rows * tensor.columns + 8 * (3 * rows * rows + of_rows) if tensor.is_matrix else 0
 
     def passes(self, unit: Unit) -> Sequence[Pass]:
         return [_Solve(self._weights, self.parameters.off_diagonal)]
