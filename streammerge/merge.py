@@ -72,8 +72,8 @@ def merge(
             require_pinned(job.recipe.base)
         check_output(out, [model.folder for model in (job.base, *job.experts)], overwrite)
         sources = _sources(job)
-        for (_, record), model, source in zip(job.fishers, job.of_fishers, sources, strict=bool(job.fishers)):
-            check_same_base(record, model, source["fingerprint"])
+        for number, (_, record) in enumerate(job.fishers):
+            check_same_base(record, job.models[number], sources[number]["fingerprint"])
         if save_fisher is not None:
             _check_save_fisher(job, Path(save_fisher), out)
         texts = text_digests(job.recipe.calibration)
