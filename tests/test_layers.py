@@ -80,6 +80,7 @@ ORDER = [
     "methods.passthrough",
     "methods.acm",
     "methods.regmean",
+    "methods.fisher_average",
     "methods.aim",
     "methods.fim",
     "methods",

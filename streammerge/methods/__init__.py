@@ -8,6 +8,7 @@ from streammerge.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from streammerge.methods.dare import DareLinear, DareTies
 from streammerge.methods.della import Della, DellaLinear
 from streammerge.methods.fim import FimTa, FimTies
+from streammerge.methods.fisher_average import FisherAverage
 from streammerge.methods.karcher import Karcher
 from streammerge.methods.linear import Linear
 from streammerge.methods.model_stock import ModelStock
@@ -41,5 +42,6 @@ METHODS: Mapping[str, type[Method]] = {
     "acm_ta": AcmTa,
     "acm_ties": AcmTies,
     "regmean": Regmean,
+    "fisher_average": FisherAverage,
     "passthrough": Passthrough,
 }
