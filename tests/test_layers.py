@@ -46,6 +46,7 @@ ORDER = [
     "fisher.device_map",
     "fisher.squares",
     "fisher.head",
+    "fisher.reduction",
     "fisher.state",
     "fisher.walk",
     "fisher.measure",
