@@ -14,7 +14,8 @@ from streammerge.calibration.store import (
     open_calibration,
 )
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
-from streammerge.fisher.placement import IMPORT_BYTES, FisherRun
+from streammerge.fisher.placement import IMPORT_BYTES, FisherRun, fisher_memory
+from streammerge.fisher.store import FisherSettings
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,15 @@ def calibration_cost(
             blocks[number] = blocks.get(number, 0) + info.nbytes
     tokens = settings.samples * settings.length
     host = IMPORT_BYTES + 2 * max(blocks.values(), default=0)
-    return CalibrationCost(tuple(measurements), tokens, host, sum(sizes))
+    walks = 1 if set(measurements) - {"sensitivity"} else 0
+    to_read = walks * sum(sizes)
+    if "sensitivity" in measurements:  # there and back, as in a Fisher pass, and then in step over every text
+        to_read += (1 + max(len(settings.text), 1)) * sum(sizes) + len(models) * sum(blocks.values())
+        passes = FisherSettings.model_validate(
+            {"samples": settings.samples, "length": settings.length, "compute_dtype": settings.compute_dtype}
+        )
+        host = max(host, *(IMPORT_BYTES + fisher_memory(model, passes).streamed for model in models))
+    return CalibrationCost(tuple(measurements), tokens, host, to_read)
 
 
 def check(models: Sequence[Checkpoint], settings: CalibrationSettings, run: FisherRun) -> None:

@@ -17,6 +17,7 @@ from streammerge.methods.nearswap import Nearswap
 from streammerge.methods.nuslerp import Nuslerp
 from streammerge.methods.passthrough import Passthrough
 from streammerge.methods.regmean import Regmean
+from streammerge.methods.sens import Sens
 from streammerge.methods.slerp import Slerp
 from streammerge.methods.task_arithmetic import TaskArithmetic
 from streammerge.methods.ties import Ties
@@ -41,6 +42,7 @@ METHODS: Mapping[str, type[Method]] = {
     "nearswap": Nearswap,
     "acm_ta": AcmTa,
     "acm_ties": AcmTies,
+    "sens": Sens,
     "regmean": Regmean,
     "fisher_average": FisherAverage,
     "passthrough": Passthrough,
