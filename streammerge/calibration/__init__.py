@@ -17,6 +17,8 @@ from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_
 from streammerge.fisher.placement import IMPORT_BYTES, FisherRun, fisher_memory
 from streammerge.fisher.store import FisherSettings
 
+_MODEL_BYTES = 32 * 2**20  # a model without its blocks, and its share of the tokenizer and the text
+
 
 @dataclass(frozen=True)
 class CalibrationCost:
@@ -47,7 +49,8 @@ def calibration_cost(
         if number is not None:
             blocks[number] = blocks.get(number, 0) + info.nbytes
     tokens = settings.samples * settings.length
-    host = IMPORT_BYTES + 2 * max(blocks.values(), default=0)
+    begun = IMPORT_BYTES + len(models) * _MODEL_BYTES
+    host = begun + 2 * max(blocks.values(), default=0)
     walks = 1 if set(measurements) - {"sensitivity"} else 0
     to_read = walks * sum(sizes)
     if "sensitivity" in measurements:  # there and back, as in a Fisher pass, and then in step over every text
@@ -55,7 +58,8 @@ def calibration_cost(
         passes = FisherSettings.model_validate(
             {"samples": settings.samples, "length": settings.length, "compute_dtype": settings.compute_dtype}
         )
-        host = max(host, *(IMPORT_BYTES + fisher_memory(model, passes).streamed for model in models))
+        memory = [fisher_memory(model, passes) for model in models]
+        host = max(host, *(begun + one.block + one.work for one in memory))
     return CalibrationCost(tuple(measurements), tokens, host, to_read)
 
 

@@ -44,7 +44,8 @@ UNKNOWN = replace(PAIR, fisher=rows(one=[0.0, 0.0]), fishers=[rows(one=[0.0, 2.0
     ],
 )
 def test_by_hand(models: Models, parameters: dict[str, Any], expected: list[float]) -> None:
-    assert averaged(models, **parameters) == pytest.approx(expected, rel=1e-6)
+    merged = merge("fisher_average", models, **parameters).tensors[ONE]
+    assert merged.flatten().tolist() == pytest.approx(expected, rel=1e-6)
 
 
 TRIPLE = Models(
