@@ -18,6 +18,7 @@ from streammerge.checkpoints.locate import open_model
 from streammerge.compatibility import Match, match_experts, refuse_quantised
 from streammerge.errors import RecipeError
 from streammerge.fisher import place
+from streammerge.fisher.placement import IMPORT_BYTES as WALK_IMPORT_BYTES
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import STORED_AS, FisherRecord, FisherSettings, open_fisher
 from streammerge.methods.api import Method, TensorContext, Unit
@@ -153,6 +154,8 @@ class MergePlan:
         placed = [place(model, self.recipe.fisher, run) for model in measured]
         calibration = self._calibration_cost()
         passes_host = [fisher.host_bytes for fisher in placed] + ([calibration.host_bytes] if calibration else [])
+        if passes_host:  # what they have imported is still there when the merge begins
+            passes_host.append(WALK_IMPORT_BYTES + self.budget.total)
         return {
             "method": self.recipe.method,
             "parameters_of_method": self.resolved.parameters,
