@@ -49,7 +49,7 @@ def measure_sensitivity(
         settings: say which text is whose.
         folder: for what is kept between the blocks; it is gone afterwards.
         workers: share the work on the CPU.
-        advance: called as often as `sensitivity_steps` says.
+        advance: called with the steps done, in all as many as `sensitivity_steps` says.
         phases: takes the time.
 
     Raises:
@@ -60,6 +60,7 @@ def measure_sensitivity(
     for number, model in enumerate(models):
         ids = texts[settings.text_of(number)]
         blocks.append(block_sensitivities(model, ids, folder, workers, advance, phases))
+        advance(0)  # memory goes back to the system
     distances = [[0.0] * count for _ in models]
     for text, ids in enumerate(texts):
         owners = [number for number in range(count) if settings.text_of(number) == text]
