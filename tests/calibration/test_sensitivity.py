@@ -99,12 +99,14 @@ def whole_logits(model: Any, ids: Tensor) -> Tensor:
 class Saved:
     """Live models on disk, open, as they are walked."""
 
-    def __init__(self, folder: Path, models: Sequence[Any], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, folder: Path, models: Sequence[Any], dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> None:
         self.folder, self.opened = folder, []
         for number, model in enumerate(models):
             model.save_pretrained(folder / str(number))
             self.opened.append(Checkpoint.open(folder / str(number)))
-        self.models = [BlockModel(checkpoint, dtype, torch.device("cpu")) for checkpoint in self.opened]
+        self.models = [BlockModel(checkpoint, dtype, torch.device(device)) for checkpoint in self.opened]
 
     def blocks(self, ids: Tensor, workers: Workers, number: int = 0) -> dict[int, float]:
         folder = self.folder / "walk"
@@ -355,6 +357,21 @@ def test_each_model_on_its_own_text(saved: Any, one: Workers, texts: int) -> Non
             text = ids[j if texts > 1 else 0]
             apart = whole_logits(model, text) - whole_logits(other, text)
             assert found.distances[i][j] == pytest.approx(apart.norm(dim=1).mean().item(), rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["qwen2", "mixtral"])
+def test_on_a_gpu(tmp_path: Path, kind: str, one: Workers) -> None:
+    live, ids = [build(kind), noisy(build(kind), 1, tied=False)], token_ids()
+    pair = Saved(tmp_path, live, device="cuda")
+    settings = CalibrationSettings(text=["any"])
+    found = measure_sensitivity(pair.models, [ids], settings, tmp_path / "w", one, lambda steps: None, Phases())
+    for blocks, model in zip(found.blocks, live, strict=True):
+        assert blocks == pytest.approx(autograd(model, ids), rel=1e-4)
+    apart = whole_logits(live[0], ids) - whole_logits(live[1], ids)
+    assert found.distances[0][1] == pytest.approx(apart.norm(dim=1).mean().item(), rel=1e-4)
+    pair.close()
 
 
 WORDS = ("the quick brown fox jumps over the lazy dog ", "pack my box with five dozen jugs ", "how vexingly ")
