@@ -14,9 +14,11 @@ from streammerge.calibration.store import (
     open_calibration,
 )
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
-from streammerge.fisher.placement import GROUP_TOKENS, IMPORT_BYTES, FisherRun
+from streammerge.fisher.placement import GROUP_TOKENS, IMPORT_BYTES, FisherRun, fisher_memory
+from streammerge.fisher.store import FisherSettings
 
 _SLACK = 40 << 20
+_MODEL_BYTES = 32 << 20  # a model without its blocks, and its share of the tokenizer and the text
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,18 @@ def calibration_cost(
     head = 0
     if "mutual_information" in measurements and _has_head(base):
         head = settings.length * vocabulary * (2 * len(walking) + 8)
-    return CalibrationCost(tuple(measurements), tokens, IMPORT_BYTES + states + max(block, head), sum(sizes))
+    host, to_read = IMPORT_BYTES + states + max(block, head), 0
+    if set(measurements) - {"sensitivity"}:
+        to_read += sum(sizes)
+    if "sensitivity" in measurements:  # there and back, as in a Fisher pass, and then in step over every text
+        to_read += (1 + max(len(settings.text), 1)) * sum(sizes) + len(models) * sum(blocks.values())
+        passes = FisherSettings.model_validate(
+            {"samples": settings.samples, "length": settings.length, "compute_dtype": settings.compute_dtype}
+        )
+        memory = [fisher_memory(model, passes) for model in models]
+        begun = IMPORT_BYTES + len(models) * _MODEL_BYTES
+        host = max(host, *(begun + one.block + one.work for one in memory))
+    return CalibrationCost(tuple(measurements), tokens, host, to_read)
 
 
 def _has_head(model: Checkpoint) -> bool:

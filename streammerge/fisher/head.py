@@ -151,8 +151,16 @@ def is_elementwise(model: BlockModel, numbers: Tensor) -> bool:
     return whole.shape == numbers.shape and torch.equal(whole, torch.cat(parts, 1))
 
 
-def logit_rows(model: BlockModel, inputs: Tensor, workers: Workers, phases: Phases) -> Iterator[tuple[int, Tensor]]:
+def logit_rows(
+    model: BlockModel, inputs: Tensor, workers: Workers, phases: Phases, step: int | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """(first token id, logits [tokens, some ids]) of what a head is given, [tokens, hidden]; the head is read once.
+
+    Args:
+        model, phases: see `weight_rows`.
+        inputs: what the head is given; the logits have its dtype.
+        workers: share the products on the CPU.
+        step: how many ids at a time; None: see `rows_at_a_time`.
 
     Raises:
         CheckpointError: the head cannot be cut by rows.
@@ -162,24 +170,34 @@ def logit_rows(model: BlockModel, inputs: Tensor, workers: Workers, phases: Phas
             f"model {model.base.id}: the head of {type(model.model).__name__} does more than score each token by "
             "itself, so its logits cannot be walked in pieces; choose a method that does not look at them"
         )
-    for start, weight, bias in weight_rows(model, len(inputs), phases):
+    for start, weight, bias in weight_rows(model, len(inputs), phases, step):
         yield start, model.after_head(product(inputs, weight, bias, workers))
 
 
-def weight_rows(model: BlockModel, tokens: int, phases: Phases) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+def rows_at_a_time(model: BlockModel, tokens: int) -> int:
+    """How many rows of a head that many tokens go through together: both share a fixed amount of memory."""
+    assert model.head is not None
+    info = model.parts[model.head][0].tensor
+    return head_rows(info.nbytes // info.shape[0], tokens)
+
+
+def weight_rows(
+    model: BlockModel, tokens: int, phases: Phases, step: int | None = None
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """(first row, weights [some rows, hidden] as stored, bias) down a head, the next rows read meanwhile.
 
     Args:
         model: its head must be a plain linear layer.
-        tokens: how many tokens go through it together: they and the rows share a fixed amount of memory.
+        tokens: how many tokens go through it together.
         phases: takes the time of reading.
+        step: rows at a time; None: see `rows_at_a_time`.
     """
     assert model.head is not None
     info = model.parts[model.head][0].tensor
     bias = model.model.get_output_embeddings().bias
     rows, columns = info.shape
     width = info.nbytes // rows
-    step = head_rows(width, tokens)
+    step = step or rows_at_a_time(model, tokens)
 
     def read(start: int, buffer: Tensor) -> Tensor:
         raw = buffer[: min(step, rows - start) * width]

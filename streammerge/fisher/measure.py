@@ -27,6 +27,7 @@ from streammerge.fisher.device_map import blocks_that_stay
 from streammerge.fisher.phases import Phases
 from streammerge.fisher.placement import FisherRun, default_device
 from streammerge.fisher.probes import probe_tokens
+from streammerge.fisher.reduction import FisherSquares
 from streammerge.fisher.state import WalkState
 from streammerge.fisher.store import (
     FISHER_FILE,
@@ -131,7 +132,8 @@ def measure(
 
         sink = _FisherSink(writer, getattr(torch, stored), phases)
         state = WalkState(writer.work / "walk")
-        walk = Walk(model, ids, set(wanted), sink, state, workers, prepared.stay, advance, phases)
+        reduction = FisherSquares(model, set(wanted), sink, len(ids), workers)
+        walk = Walk(model, ids, reduction, state, workers, prepared.stay, advance, phases)
         try:
             walk.run()
         except (CheckpointError, RecipeError):
