@@ -114,6 +114,7 @@ class WeightedGradients(Reduction):
     def __init__(self, model: BlockModel, workers: Workers) -> None:
         self.wanted = frozenset(block_matrices(model.base))
         self.found: dict[str, float] = {}
+        self._parts: dict[str, list[float]] = {}
         self._model, self._workers = model, workers
 
     def left(self, parameters: Iterable[str]) -> dict[str, tuple[Part, ...]]:
@@ -123,18 +124,23 @@ class WeightedGradients(Reduction):
     def hooks(self, parameters: Mapping[str, nn.Parameter], sequences: int) -> GradientHooks:
         return _WeightedSums(parameters, sequences, self._model.base.id)
 
+    def take(self, factors: dict[str, list[Factors]]) -> None:
+        for name, of_parameter in factors.items():
+            weight = self._model.model.get_parameter(name).detach().view(-1)
+            self._parts.setdefault(name, []).extend(self._sum(factor, weight) for factor in of_parameter)
+        factors.clear()
+
     def finish(
         self, parameters: Iterable[str], factors: Mapping[str, list[Factors]], sums: Mapping[str, Tensor]
     ) -> None:
         for name in self.left(parameters):
-            if name in factors and name in sums:
+            taken = self._parts.pop(name, [])
+            if taken and name in sums:
                 raise CheckpointError(
                     f"model {self._model.base.id}: parameter {name!r} is used in a linear function and in another way, "
                     "so its gradients cannot be told apart"
                 )
-            weight = self._model.model.get_parameter(name).detach().view(-1)
-            known = [sums[name].item()] if name in sums else []
-            self.found[name] = math.fsum([*known, *(self._sum(factor, weight) for factor in factors.get(name, ()))])
+            self.found[name] = math.fsum([sums[name].item()] if name in sums else taken)
 
     def _sum(self, factor: Factors, parameter: Tensor) -> float:
         """Over the rows of one linear function."""

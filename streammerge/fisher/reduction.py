@@ -41,6 +41,10 @@ class Reduction(ABC):
         """Hook parameters, for what gradients they get besides the factors of linear functions."""
 
     @abstractmethod
+    def take(self, factors: dict[str, list[Factors]]) -> None:
+        """A group of sequences went back through a block. What needs no other group may be taken out of `factors`."""
+
+    @abstractmethod
     def finish(
         self, parameters: Iterable[str], factors: Mapping[str, list[Factors]], sums: Mapping[str, Tensor]
     ) -> None:
@@ -83,6 +87,9 @@ class FisherSquares(Reduction):
 
     def hooks(self, parameters: Mapping[str, nn.Parameter], sequences: int) -> GradientSquares:
         return GradientSquares(parameters, sequences, self._model.base.id)
+
+    def take(self, factors: dict[str, list[Factors]]) -> None:
+        """Nothing: all groups' squares are summed tile by tile, at the end of the block."""
 
     def finish(
         self, parameters: Iterable[str], factors: Mapping[str, list[Factors]], sums: Mapping[str, Tensor]

@@ -210,6 +210,7 @@ class Walk:
                 inputs = values.to(model.device).requires_grad_()
                 with linear.group(*inputs.shape[:2]):
                     first(block(inputs, *args, **kwargs)).backward(gradient.to(model.device))
+                self.reduction.take(linear.factors)
                 handed_on.append(_gradient(inputs))
             handed = torch.cat(handed_on)
             self._require_finite(handed, f"the gradient at decoder block {index}")

@@ -236,13 +236,13 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.usefixtures("small_pieces")
 def test_no_gradient_is_ever_whole(saved: Any, one: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, largest = WeightedGradients.finish, Largest()
+    plain, largest = WeightedGradients.take, Largest()
 
     def watched(self: Any, *rest: Any) -> None:
         with largest:
             plain(self, *rest)
 
-    monkeypatch.setattr(WeightedGradients, "finish", watched)
+    monkeypatch.setattr(WeightedGradients, "take", watched)
     saved([build("qwen2")]).blocks(token_ids(1, 4), one)
     assert 0 < largest.elements < 16 * 32  # the smallest matrix
 
