@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from streammerge.calibration import calibrate
 from streammerge.calibration import check as check_calibration
 from streammerge.calibration.store import text_digests
 from streammerge.checkpoints.checkpoint import CARD_FILE, MANIFEST_FILE, Checkpoint
+from streammerge.checkpoints.layout import file_names, index_files
 from streammerge.checkpoints.locate import require_pinned
 from streammerge.checkpoints.output import WORK_DIR, check_output
 from streammerge.checkpoints.writer import CheckpointWriter
@@ -22,15 +24,19 @@ from streammerge.fisher import check as check_fisher
 from streammerge.fisher import fisher as measure_fisher
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FISHER_FILE, FisherRecord, check_same_base, open_fisher
+from streammerge.hub.publication import Publication
+from streammerge.hub.settings import PushSettings
 from streammerge.plan import MergePlan, plan
 from streammerge.recipe import Recipe
 from streammerge.report import manifest, model_card, resolved_recipe
+from streammerge.schema import build
 
 
 def merge(
     recipe: Recipe | Mapping[str, Any],
-    out: str | Path,
+    out: str | Path | None = None,
     *,
+    push_to_hub: str | PushSettings | Mapping[str, Any] | None = None,
     max_ram: int = DEFAULT_MAX_RAM,
     threads: int | None = None,
     device: str | None = None,
@@ -45,9 +51,14 @@ def merge(
 
     Interrupted, the same call goes on behind the last finished tensor, or decoder block of the Fisher.
 
+    With `push_to_hub` each shard is uploaded while the next is merged, and at the end one commit makes all of the
+    model visible. Without `out` a shard goes from the disk once it is uploaded, so that at most two lie there; the
+    work folder is then in huggingface_hub's `HF_ASSETS_CACHE`, and goes with the commit.
+
     Args:
         recipe: what to merge; a mapping is read as one, with the keys of `Recipe`.
-        out: the output folder; new, empty, or left unfinished by the same call.
+        out: the output folder; new, empty, or left unfinished by the same call. May be left out with `push_to_hub`.
+        push_to_hub: the repository, org/name, or a mapping with the keys of `PushSettings`.
         max_ram: bytes for buffers and temporaries of the merge, on top of what importing torch takes.
         threads: workers; the processors by default, at most 8.
         device: where a Fisher pass runs: "cpu", "cuda", "cuda:1"; a GPU where there is one by default.
@@ -57,20 +68,28 @@ def merge(
         progress: show progress bars on standard error.
 
     Returns:
-        The manifest, as written to `streammerge.json`.
+        The manifest, as written to `streammerge.json`; with `push_to_hub` also "push": {"url", "commit",
+        "pull_request": refs/pr/N or None, "new": False where the very model was there already}.
 
     Raises:
         StreammergeError: see `streammerge.errors`. Bad input leaves nothing behind in `out`.
     """
     from streammerge.engine import Engine  # imports torch
 
-    out = Path(out)
+    push = _publication(push_to_hub)
+    if push is None and out is None:
+        raise RecipeError("nowhere to put the result: give an output folder, or a repository to push it to")
+    out, keep = (Path(out), True) if out is not None else (push.folder(), False)  # type: ignore[union-attr]
     with ExitStack() as stack:
         run = FisherRun(device, max_vram, device_map, trust_remote_code)
+        if push is not None:
+            push.check()
         job = stack.enter_context(plan(recipe, max_ram=max_ram, threads=threads))
         if trust_remote_code:
             require_pinned(job.recipe.base)
         check_output(out, [model.folder for model in (job.base, *job.experts)], overwrite)
+        if push is not None:
+            push.check_weights(file_names(job.shards))
         sources = _sources(job)
         for number, (_, record) in enumerate(job.fishers):
             check_same_base(record, job.models[number], sources[number]["fingerprint"])
@@ -87,8 +106,13 @@ def merge(
                 check_fisher(model, job.recipe.fisher, run)
         if job.method.calibration:
             check_calibration(job.models, job.recipe.calibration, run)
-        writer = stack.enter_context(CheckpointWriter(out, job.shards, identity, fresh=overwrite))
+        elsewhere = push.uploaded_before if push is not None else lambda work: {}
+        writer = stack.enter_context(CheckpointWriter(out, job.shards, identity, fresh=overwrite, elsewhere=elsewhere))
+        uploads = None
         try:
+            if push is not None:
+                push.begin()
+                uploads = stack.enter_context(push.uploads(writer, keep=keep, progress=progress))
             for number, (folder, model) in enumerate(unmeasured):
                 if not _is_finished(folder):
                     _measure(job, model, folder, run, overwrite, progress)
@@ -103,16 +127,42 @@ def merge(
                     run,
                     progress=progress,
                 )
-            method, entries = Engine(job, writer, progress).run()
-            result = manifest(job, method, sources, entries, writer.finished)
-            files: dict[str, bytes | Path] = {name: job.base.folder / name for name in job.base.side_files()}
-            files |= {CARD_FILE: model_card(job, result).encode()}
-            result["files"] = sorted({*files, MANIFEST_FILE, *result["files"]})
-            writer.publish(files | {MANIFEST_FILE: _as_json(result)})
+            pushed = None
+            while True:
+                method, entries = Engine(job, writer, progress, uploads.room if uploads else None).run()
+                result = manifest(job, method, sources, entries, writer.finished)
+                files = _other_files(job, result)
+                if push is None or uploads is None:
+                    break
+                pushed = push.commit(uploads, files | index_files(job.shards), f"Upload a merge by {job.recipe.method}")
+                if pushed is not None:
+                    break
+            if keep:
+                writer.publish(files)
+            else:
+                writer.discard()
         except (CheckpointError, RecipeError):
             writer.discard()  # the input is at fault, running again would not help
             raise
-    return result
+    return result if pushed is None else {**result, "push": asdict(pushed)}
+
+
+def _publication(push_to_hub: str | PushSettings | Mapping[str, Any] | None) -> Publication | None:
+    if push_to_hub is None:
+        return None
+    if isinstance(push_to_hub, str):
+        push_to_hub = {"repository": push_to_hub}
+    if not isinstance(push_to_hub, PushSettings):
+        push_to_hub = build(PushSettings, push_to_hub, "push")
+    return Publication(push_to_hub)
+
+
+def _other_files(job: MergePlan, result: dict[str, Any]) -> dict[str, bytes | Path]:
+    """Everything beside shards and index; completes the manifest with their names."""
+    files: dict[str, bytes | Path] = {name: job.base.folder / name for name in job.base.side_files()}
+    files |= {CARD_FILE: model_card(job, result).encode()}
+    result["files"] = sorted({*files, MANIFEST_FILE, *result["files"]})
+    return files | {MANIFEST_FILE: _as_json(result)}
 
 
 def _check_save_fisher(job: MergePlan, folder: Path, out: Path) -> None:

@@ -1,0 +1,93 @@
+"""A merge's push, from the first check to the commit."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from streammerge.checkpoints.writer import CheckpointWriter
+from streammerge.errors import TransferError
+from streammerge.hub.commit import Commit, LostObjectsError, Pushed
+from streammerge.hub.ledger import Ledger
+from streammerge.hub.settings import PushSettings
+from streammerge.hub.target import HubTarget, PushedFile
+from streammerge.hub.uploads import Uploads
+
+_ROUNDS = 3  # how often shards that the Hub has lost are made again
+
+
+class Publication:
+    """Uploads a merge's shards while it runs, and commits them with the other files at its end.
+
+    In order: `check`, `check_weights`, `uploaded_before`, `begin`, `uploads`, `commit`.
+    """
+
+    def __init__(self, settings: PushSettings) -> None:
+        self.settings, self.target = settings, HubTarget(settings)
+        self._rounds = 0
+
+    def folder(self) -> Path:
+        """Where a merge that is pushed and not kept has its work folder: the same for the same target.
+
+        It is in huggingface_hub's cache of other libraries' files, `HF_ASSETS_CACHE`: on disk, where a temporary
+        folder may be in memory, and it outlives the process.
+        """
+        from huggingface_hub.constants import HF_ASSETS_CACHE
+
+        settings = self.settings
+        target = f"{self.target.api.endpoint} {settings.repository} {settings.branch} {settings.create_pr}"
+        name = re.sub(r"[^\w.-]", "--", settings.repository)
+        return (
+            Path(HF_ASSETS_CACHE) / "streammerge" / "push" / f"{name}-{hashlib.sha256(target.encode()).hexdigest()[:8]}"
+        )
+
+    def check(self) -> None:
+        """Everything that can be found out about the target before anything is read."""
+        self.target.check()
+
+    def check_weights(self, files: Iterable[str]) -> None:
+        """Whether the model's weight files may come beside what is there."""
+        self.target.check_weights(files)
+
+    def uploaded_before(self, work: Path) -> Mapping[str, str]:
+        """Open the ledger in the writer's work folder: the shards that the Hub has, with their SHA-256."""
+        self._ledger = Ledger(work, self.settings, self.target.api.endpoint)
+        return self._ledger.uploaded
+
+    def begin(self) -> None:
+        """Make repository and branch if need be, and fix the commit that ours comes after.
+
+        Raises:
+            TransferError: the branch moved since an earlier run began this push.
+        """
+        head = self.target.prepare()
+        if not self._ledger.begun or self.settings.parent_commit is not None:
+            self._ledger.begin(head)
+        elif head != self._ledger.head and not self._ledger.committing and not self.settings.create_pr:
+            raise self.target.moved(self._ledger.head, head)
+
+    def uploads(self, writer: CheckpointWriter, *, keep: bool, progress: bool) -> Uploads:
+        """What uploads the shards; to be entered."""
+        return Uploads(self.target, self._ledger, writer, keep=keep, progress=progress)
+
+    def commit(self, uploads: Uploads, files: Mapping[str, bytes | Path], message: str) -> Pushed | None:
+        """Wait for the uploads and make the commit.
+
+        Returns:
+            None where the Hub has lost shards, which are now to be merged again.
+        """
+        uploads.wait()
+        everything = {name: PushedFile.of(content) for name, content in files.items()} | uploads.files()
+        try:
+            return Commit(self.target, everything, self._ledger.head, message).make(self._ledger.commit)
+        except LostObjectsError as error:
+            self._rounds += 1
+            if self._rounds == _ROUNDS:
+                raise TransferError(
+                    f"{self.target.where}, file {error.files[0]}: uploaded {_ROUNDS} times, and lost by the Hub each time"
+                ) from None
+            for file in error.files:
+                uploads.again(file)
+            return None
