@@ -18,12 +18,13 @@ from streammerge.checkpoints.checkpoint import CARD_FILE, MANIFEST_FILE, Checkpo
 from streammerge.checkpoints.layout import file_names, index_files
 from streammerge.checkpoints.locate import require_pinned
 from streammerge.checkpoints.output import WORK_DIR, check_output
-from streammerge.checkpoints.writer import CheckpointWriter
+from streammerge.checkpoints.writer import CheckpointWriter, nothing_elsewhere
 from streammerge.errors import CheckpointError, RecipeError
 from streammerge.fisher import check as check_fisher
 from streammerge.fisher import fisher as measure_fisher
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FISHER_FILE, FisherRecord, check_same_base, open_fisher
+from streammerge.hub.commit import Pushed
 from streammerge.hub.publication import Publication
 from streammerge.hub.settings import PushSettings
 from streammerge.plan import MergePlan, plan
@@ -74,12 +75,13 @@ def merge(
     Raises:
         StreammergeError: see `streammerge.errors`. Bad input leaves nothing behind in `out`.
     """
-    from streammerge.engine import Engine  # imports torch
-
     push = _publication(push_to_hub)
-    if push is None and out is None:
-        raise RecipeError("nowhere to put the result: give an output folder, or a repository to push it to")
-    out, keep = (Path(out), True) if out is not None else (push.folder(), False)  # type: ignore[union-attr]
+    keep = out is not None
+    if out is None:
+        if push is None:
+            raise RecipeError("nowhere to put the result: give an output folder, or a repository to push it to")
+        out = push.folder()
+    out = Path(out)
     with ExitStack() as stack:
         run = FisherRun(device, max_vram, device_map, trust_remote_code)
         if push is not None:
@@ -91,28 +93,16 @@ def merge(
         if push is not None:
             push.check_weights(file_names(job.shards))
         sources = _sources(job)
-        for number, (_, record) in enumerate(job.fishers):
-            check_same_base(record, job.models[number], sources[number]["fingerprint"])
-        if save_fisher is not None:
-            _check_save_fisher(job, Path(save_fisher), out)
-        texts = text_digests(job.recipe.calibration)
-        identity = {"version": __version__, "recipe": resolved_recipe(job), "sources": sources, "texts": texts}
-        folders = [out / WORK_DIR / f"fisher-{number}" for number in range(len(job.of_fishers))]
-        if save_fisher is not None:
-            folders[0] = Path(save_fisher)
-        unmeasured = [] if job.fishers else [*zip(folders, job.of_fishers, strict=True)]
-        for folder, model in unmeasured:
-            if save_fisher is None or not _is_finished(folder):
-                check_fisher(model, job.recipe.fisher, run)
+        unmeasured = _check_fishers(job, out, save_fisher, sources, run)
         if job.method.calibration:
             check_calibration(job.models, job.recipe.calibration, run)
-        elsewhere = push.uploaded_before if push is not None else lambda work: {}
+        texts = text_digests(job.recipe.calibration)
+        identity = {"version": __version__, "recipe": resolved_recipe(job), "sources": sources, "texts": texts}
+        elsewhere = push.uploaded_before if push is not None else nothing_elsewhere
         writer = stack.enter_context(CheckpointWriter(out, job.shards, identity, fresh=overwrite, elsewhere=elsewhere))
-        uploads = None
         try:
             if push is not None:
-                push.begin()
-                uploads = stack.enter_context(push.uploads(writer, keep=keep, progress=progress))
+                stack.enter_context(push.begin(writer, keep=keep, progress=progress))
             for number, (folder, model) in enumerate(unmeasured):
                 if not _is_finished(folder):
                     _measure(job, model, folder, run, overwrite, progress)
@@ -127,16 +117,7 @@ def merge(
                     run,
                     progress=progress,
                 )
-            pushed = None
-            while True:
-                method, entries = Engine(job, writer, progress, uploads.room if uploads else None).run()
-                result = manifest(job, method, sources, entries, writer.finished)
-                files = _other_files(job, result)
-                if push is None or uploads is None:
-                    break
-                pushed = push.commit(uploads, files | index_files(job.shards), f"Upload a merge by {job.recipe.method}")
-                if pushed is not None:
-                    break
+            result, files, pushed = _write(job, writer, sources, push, progress)
             if keep:
                 writer.publish(files)
             else:
@@ -147,6 +128,44 @@ def merge(
     return result if pushed is None else {**result, "push": asdict(pushed)}
 
 
+def _write(
+    job: MergePlan, writer: CheckpointWriter, sources: list[dict[str, Any]], push: Publication | None, progress: bool
+) -> tuple[dict[str, Any], dict[str, bytes | Path], Pushed | None]:
+    """Merge all tensors and, with a push, commit them; the manifest, all files beside shards and index, the commit."""
+    from streammerge.engine import Engine  # imports torch
+
+    while True:
+        method, entries = Engine(job, writer, progress, push.room if push is not None else None).run()
+        result = manifest(job, method, sources, entries, writer.finished)
+        files: dict[str, bytes | Path] = {name: job.base.folder / name for name in job.base.side_files()}
+        files |= {CARD_FILE: model_card(job, result).encode()}
+        result["files"] = sorted({*files, MANIFEST_FILE, *result["files"]})
+        files |= {MANIFEST_FILE: _as_json(result)}
+        if push is None:
+            return result, files, None
+        pushed = push.commit({**files, **index_files(job.shards)}, f"Upload a merge by {job.recipe.method}")
+        if pushed is not None:
+            return result, files, pushed
+
+
+def _check_fishers(
+    job: MergePlan, out: Path, save_fisher: str | Path | None, sources: list[dict[str, Any]], run: FisherRun
+) -> list[tuple[Path, Checkpoint]]:
+    """The Fishers still to be measured, or that an earlier run has measured: folder and model of each."""
+    for number, (_, record) in enumerate(job.fishers):
+        check_same_base(record, job.models[number], sources[number]["fingerprint"])
+    if save_fisher is not None:
+        _check_save_fisher(job, Path(save_fisher), out)
+    folders = [out / WORK_DIR / f"fisher-{number}" for number in range(len(job.of_fishers))]
+    if save_fisher is not None:
+        folders[0] = Path(save_fisher)
+    unmeasured = [] if job.fishers else [*zip(folders, job.of_fishers, strict=True)]
+    for folder, model in unmeasured:
+        if save_fisher is None or not _is_finished(folder):
+            check_fisher(model, job.recipe.fisher, run)
+    return unmeasured
+
+
 def _publication(push_to_hub: str | PushSettings | Mapping[str, Any] | None) -> Publication | None:
     if push_to_hub is None:
         return None
@@ -155,14 +174,6 @@ def _publication(push_to_hub: str | PushSettings | Mapping[str, Any] | None) -> 
     if not isinstance(push_to_hub, PushSettings):
         push_to_hub = build(PushSettings, push_to_hub, "push")
     return Publication(push_to_hub)
-
-
-def _other_files(job: MergePlan, result: dict[str, Any]) -> dict[str, bytes | Path]:
-    """Everything beside shards and index; completes the manifest with their names."""
-    files: dict[str, bytes | Path] = {name: job.base.folder / name for name in job.base.side_files()}
-    files |= {CARD_FILE: model_card(job, result).encode()}
-    result["files"] = sorted({*files, MANIFEST_FILE, *result["files"]})
-    return files | {MANIFEST_FILE: _as_json(result)}
 
 
 def _check_save_fisher(job: MergePlan, folder: Path, out: Path) -> None:

@@ -30,6 +30,12 @@ from streammerge.errors import OutputExistsError, TransferError
 SYNC_SECONDS = 2.0  # from one sync to the next: about as much work is lost when the power fails
 
 
+def nothing_elsewhere(work: Path) -> Mapping[str, str]:
+    """Every finished shard is in its folder."""
+    del work
+    return {}
+
+
 class CheckpointWriter:
     """Writes a planned checkpoint into `folder`. Use as a context manager around writing and `publish`.
 
@@ -61,7 +67,7 @@ class CheckpointWriter:
         *,
         fresh: bool = False,
         manifest: str = MANIFEST_FILE,
-        elsewhere: Callable[[Path], Mapping[str, str]] = lambda work: {},
+        elsewhere: Callable[[Path], Mapping[str, str]] = nothing_elsewhere,
     ) -> None:
         self.folder, self.shards = folder, shards
         self._manifest = manifest

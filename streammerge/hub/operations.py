@@ -8,6 +8,7 @@ the SHA-256, in the state the client would have left it in.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,16 @@ def missing_objects(repository: str, endpoint: str, objects: Mapping[str, tuple[
 
 
 _BATCH = 256  # objects in one request
+
+
+def without_bars() -> AbstractContextManager[object]:
+    """Silence the client's own progress bars: it draws them for every file, terminal or not."""
+    from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if HF_HUB_DISABLE_PROGRESS_BARS is False:  # the user insists
+        return nullcontext()
+    return disable_progress_bars()
 
 
 def limit_waiting(seconds: Sequence[float]) -> None:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from streammerge.checkpoints.room import DiskRoom
 from streammerge.checkpoints.writer import CheckpointWriter
-from streammerge.errors import TransferError
 from streammerge.hub.commit import Commit, LostObjectsError, Pushed
 from streammerge.hub.ledger import Ledger
 from streammerge.hub.settings import PushSettings
-from streammerge.hub.target import HubTarget, PushedFile
+from streammerge.hub.target import UPLOADS, HubTarget, PushedFile
 from streammerge.hub.uploads import Uploads
-
-_ROUNDS = 3  # how often shards that the Hub has lost are made again
 
 
 class Publication:
     """Uploads a merge's shards while it runs, and commits them with the other files at its end.
 
-    In order: `check`, `check_weights`, `uploaded_before`, `begin`, `uploads`, `commit`.
+    In order: `check`, `check_weights`, `uploaded_before`, `begin`, `commit`.
     """
 
     def __init__(self, settings: PushSettings) -> None:
@@ -38,10 +35,8 @@ class Publication:
 
         settings = self.settings
         target = f"{self.target.api.endpoint} {settings.repository} {settings.branch} {settings.create_pr}"
-        name = re.sub(r"[^\w.-]", "--", settings.repository)
-        return (
-            Path(HF_ASSETS_CACHE) / "streammerge" / "push" / f"{name}-{hashlib.sha256(target.encode()).hexdigest()[:8]}"
-        )
+        name = settings.repository.replace("/", "--") + "-" + hashlib.sha256(target.encode()).hexdigest()[:8]
+        return Path(HF_ASSETS_CACHE) / "streammerge" / "push" / name
 
     def check(self) -> None:
         """Everything that can be found out about the target before anything is read."""
@@ -56,8 +51,14 @@ class Publication:
         self._ledger = Ledger(work, self.settings, self.target.api.endpoint)
         return self._ledger.uploaded
 
-    def begin(self) -> None:
+    def begin(self, writer: CheckpointWriter, *, keep: bool, progress: bool) -> Uploads:
         """Make repository and branch if need be, and fix the commit that ours comes after.
+
+        Args:
+            keep: leave the shards in the folder; else each goes once it is uploaded.
+
+        Returns:
+            What uploads the shards; to be entered.
 
         Raises:
             TransferError: the branch moved since an earlier run began this push.
@@ -67,27 +68,32 @@ class Publication:
             self._ledger.begin(head)
         elif head != self._ledger.head and not self._ledger.committing and not self.settings.create_pr:
             raise self.target.moved(self._ledger.head, head)
+        self._uploads = Uploads(self.target, self._ledger, writer, keep=keep, progress=progress)
+        return self._uploads
 
-    def uploads(self, writer: CheckpointWriter, *, keep: bool, progress: bool) -> Uploads:
-        """What uploads the shards; to be entered."""
-        return Uploads(self.target, self._ledger, writer, keep=keep, progress=progress)
+    @property
+    def room(self) -> DiskRoom:
+        """For the engine: whether there is room for another shard."""
+        return self._uploads.room
 
-    def commit(self, uploads: Uploads, files: Mapping[str, bytes | Path], message: str) -> Pushed | None:
+    def commit(self, files: Mapping[str, bytes | Path], message: str) -> Pushed | None:
         """Wait for the uploads and make the commit.
+
+        Args:
+            files: everything but the shards.
+            message: of the commit, where the settings have none.
 
         Returns:
             None where the Hub has lost shards, which are now to be merged again.
         """
-        uploads.wait()
-        everything = {name: PushedFile.of(content) for name, content in files.items()} | uploads.files()
+        self._uploads.wait()
+        everything = {name: PushedFile.of(content) for name, content in files.items()} | self._uploads.files()
         try:
             return Commit(self.target, everything, self._ledger.head, message).make(self._ledger.commit)
         except LostObjectsError as error:
             self._rounds += 1
-            if self._rounds == _ROUNDS:
-                raise TransferError(
-                    f"{self.target.where}, file {error.files[0]}: uploaded {_ROUNDS} times, and lost by the Hub each time"
-                ) from None
+            if self._rounds == UPLOADS:
+                raise self.target.loses(error.files[0]) from None
             for file in error.files:
-                uploads.again(file)
+                self._uploads.again(file)
             return None

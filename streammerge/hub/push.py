@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.checkpoints.checkpoint import MANIFEST_FILE
-from streammerge.errors import CheckpointError, TransferError
+from streammerge.errors import CheckpointError
 from streammerge.hub.commit import Commit, LostObjectsError
 from streammerge.hub.settings import PushSettings
-from streammerge.hub.target import HubTarget, PushedFile
+from streammerge.hub.target import UPLOADS, HubTarget, PushedFile
 from streammerge.progress import progress_bar
 from streammerge.schema import build
 from streammerge.verify import read_manifest, verify
@@ -75,7 +75,7 @@ def push(
     names = sorted({*manifest.files, MANIFEST_FILE} - manifest.shards.keys())
     files = {name: PushedFile.of(folder / name) for name in names}
     lost = list(manifest.shards)
-    for _ in range(_ROUNDS):
+    for _ in range(UPLOADS):
         with progress_bar(sum(manifest.shards[file].bytes for file in lost), "Upload", "B", progress) as bar:
             for file in lost:
                 shard = PushedFile(folder / file, manifest.shards[file].bytes, manifest.shards[file].sha256)
@@ -86,7 +86,4 @@ def push(
             return asdict(Commit(target, files, parent, f"Upload a merge by {manifest.recipe.method}").make())
         except LostObjectsError as error:
             lost = error.files
-    raise TransferError(f"{target.where}, file {lost[0]}: uploaded {_ROUNDS} times, and lost by the Hub each time")
-
-
-_ROUNDS = 3
+    raise target.loses(lost[0])

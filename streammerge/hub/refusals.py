@@ -79,7 +79,7 @@ def refusal(where: str, doing: str, error: BaseException) -> TransferError:
         return TransferError(f"{where}: the Hub does not accept the token{said}: log in again with `hf auth login`")
     if status == 403:
         return TransferError(
-            f"{where}: {doing}: no right to{said}: use a token that may write there, or propose the model with --create-pr"
+            f"{where}: {doing}: no right to{said}: use a token that may write there, or propose it with --create-pr"
         )
     if status is not None:
         advice = "; the same command goes on where it was" if status in _TRANSIENT else ""

@@ -6,13 +6,14 @@ import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge._version import __version__
 from streammerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE
 from streammerge.errors import OutputExistsError, TransferError
-from streammerge.hub.operations import file_operation, is_ignored, is_uploaded, limit_waiting
+from streammerge.hub.operations import file_operation, is_ignored, is_uploaded, limit_waiting, without_bars
 from streammerge.hub.refusals import ATTEMPTS, patiently, refusal, status_of
 from streammerge.hub.settings import PushSettings
 from streammerge.hub.xet import limit_xet_memory
@@ -20,6 +21,7 @@ from streammerge.hub.xet import limit_xet_memory
 if TYPE_CHECKING:
     from huggingface_hub import ModelInfo, RepoFile
 
+UPLOADS = 3  # how often a shard is uploaded that the Hub loses each time
 _WAITING = (20.0, 300.0, 120.0)  # seconds for connecting, for an answer, for a write
 
 
@@ -67,8 +69,9 @@ class HubTarget:
     def once(self, method: str, **options: Any) -> Any:
         """Call a method of the client on the repository, and let its errors through."""
         limit_waiting(_WAITING)
-        answer = getattr(self.api, method)(self.settings.repository, **options)
-        return list(answer) if isinstance(answer, Iterator) else answer  # page after page
+        with without_bars():
+            answer = getattr(self.api, method)(self.settings.repository, **options)
+            return list(answer) if isinstance(answer, Iterator) else answer  # page after page
 
     def call(self, doing: str, method: str, **options: Any) -> Any:
         """Call a method of the client on the repository, again where it fails for a moment."""
@@ -87,7 +90,7 @@ class HubTarget:
             self._branch_missing, info = True, self._info("main")
         if info is None:
             if self._missing:
-                self._check_namespace(me)
+                self._check_new(me)
             return
         if self.settings.private and not info.private:
             raise OutputExistsError(f"{self.where}: the repository is public: leave out --private, or push to another")
@@ -139,11 +142,9 @@ class HubTarget:
 
     def doomed(self, paths: Iterable[str]) -> list[str]:
         """Those of the repository's files that the delete patterns name."""
-        from huggingface_hub.utils import filter_repo_objects
-
-        patterns = self.settings.delete_patterns
-        found = filter_repo_objects(paths, allow_patterns=patterns) if patterns else ()
-        return sorted(path for path in found if path != ".gitattributes")  # it says what is stored how
+        patterns = [f"{p}*" if p.endswith("/") else p for p in self.settings.delete_patterns]
+        found = {path for path in paths for pattern in patterns if fnmatchcase(path, pattern)}
+        return sorted(found - {".gitattributes"})  # it says what is stored how
 
     def upload(self, name: str, file: PushedFile) -> bool:
         """Upload a shard, in pieces and with further attempts as the client does it.
@@ -157,11 +158,10 @@ class HubTarget:
         assert file.content is not None
         for attempt in range(1, ATTEMPTS + 1):
             operation = file_operation(name, file.content, file.sha256)
-            limit_waiting(_WAITING)
             try:
-                self.api.preupload_lfs_files(
-                    settings.repository,
-                    [operation],
+                self.once(
+                    "preupload_lfs_files",
+                    additions=[operation],
                     revision=settings.branch,
                     create_pr=settings.create_pr,
                     num_threads=1,
@@ -185,6 +185,10 @@ class HubTarget:
             f"changed, then give --parent-commit {found} to the same command: it goes on, and commits on top of that"
         )
 
+    def loses(self, file: str) -> TransferError:
+        """The refusal of a Hub that does not keep what it is given."""
+        return TransferError(f"{self.where}, file {file}: uploaded {UPLOADS} times, and each time the Hub lost it")
+
     def _whoami(self) -> Mapping[str, Any]:
         limit_waiting(_WAITING)
         try:
@@ -206,18 +210,10 @@ class HubTarget:
                 return None
             raise
 
-    def _check_namespace(self, me: Mapping[str, Any]) -> None:
-        """Refuse a repository that could not be made: creating it is the only full test, and leaves it behind."""
-        namespace, _, _ = self.settings.repository.partition("/")
-        mine = [me.get("name"), *(organization.get("name") for organization in me.get("orgs", ()))]
-        role = me.get("auth", {}).get("accessToken", {}).get("role")
-        if role == "read":
+    def _check_new(self, me: Mapping[str, Any]) -> None:
+        """Refuse what can be refused of a repository that is still to be made; making it is the full test."""
+        if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise TransferError(f"{self.where}: the token may only read: log in with one that may write")
-        if namespace not in mine:
-            raise TransferError(
-                f"{self.where}: no such repository, and {me.get('name')} can make none under {namespace!r}: check the "
-                f"spelling; yours are {', '.join(name for name in mine if name)}"
-            )
         if self.settings.parent_commit is not None:
             raise TransferError(f"{self.where}: there is no such repository yet: leave out --parent-commit")
 
