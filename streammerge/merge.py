@@ -85,6 +85,7 @@ def merge(
     with ExitStack() as stack:
         run = FisherRun(device, max_vram, device_map, trust_remote_code)
         if push is not None:
+            stack.callback(push.tidy)
             push.check()
         job = stack.enter_context(plan(recipe, max_ram=max_ram, threads=threads))
         if trust_remote_code:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from streammerge.checkpoints.room import DiskRoom
@@ -37,6 +38,12 @@ class Publication:
         target = f"{self.target.api.endpoint} {settings.repository} {settings.branch} {settings.create_pr}"
         name = settings.repository.replace("/", "--") + "-" + hashlib.sha256(target.encode()).hexdigest()[:8]
         return Path(HF_ASSETS_CACHE) / "streammerge" / "push" / name
+
+    def tidy(self) -> None:
+        """Remove that folder, and those made around it, where they are empty."""
+        with suppress(OSError):
+            for folder in (self.folder(), *self.folder().parents[:2]):
+                folder.rmdir()
 
     def check(self) -> None:
         """Everything that can be found out about the target before anything is read."""
