@@ -14,7 +14,7 @@ from streammerge._version import __version__
 from streammerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE
 from streammerge.errors import OutputExistsError, TransferError
 from streammerge.hub.operations import file_operation, is_ignored, is_uploaded, limit_waiting, without_bars
-from streammerge.hub.refusals import ATTEMPTS, patiently, refusal, status_of
+from streammerge.hub.refusals import ATTEMPTS, patiently, refusal, status_of, waiting_time
 from streammerge.hub.settings import PushSettings
 from streammerge.hub.xet import limit_xet_memory
 
@@ -173,7 +173,7 @@ class HubTarget:
                 expired = isinstance(error, RuntimeError) and status_of(error.__cause__ or error) in (400, 403)
                 if isinstance(error, HfHubHTTPError) or not expired or attempt == ATTEMPTS:
                     raise refusal(where, "upload failed", error) from error
-                time.sleep(attempt - 1)
+                time.sleep(waiting_time(error, attempt))
         if is_ignored(operation):
             raise TransferError(f"{where}: the repository's .gitignore leaves it out: take that line out of it")
         return is_uploaded(operation)

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import huggingface_hub._commit_api
 import pytest
 from hub.pushing import READER, STRANGER, Merge, folder_content, history, pushed, uploads
@@ -176,7 +175,7 @@ REFUSED = {
     "not logged in": ("", "org/new", "not logged in to the Hub: run `hf auth login`, or set HF_TOKEN"),
     "a wrong token": ("hf_wrong", "org/new", "the Hub does not accept the token"),
     "a token for reading": (READER, "org/there", "checking the right to write: no right to"),
-    "somebody else's": (STRANGER, "org/there", "no right to (Forbidden: "),
+    "somebody else's": (STRANGER, "org/there", "checking the right to write: no right to (Forbidden: "),
     "somebody else's name": (STRANGER, "org/new", "making it: no right to (You don't have the rights"),
     "a private one of somebody else": (STRANGER, "org/secret", "making it: no right to"),
 }
@@ -228,4 +227,3 @@ def test_requests_do_not_wait_for_ever(hub: Hub, merge: Merge, monkeypatch: pyte
     hub.misbehave(Fault("stall", path=WHOAMI, seconds=2))
     merge(None, "org/new")
     assert len([e for e in hub.record if e.path == WHOAMI]) == 2
-    assert httpx2.Timeout(None) != httpx2.Timeout(1)
