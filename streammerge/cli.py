@@ -31,6 +31,7 @@ from streammerge.options import (
     DryRun,
     FisherFrom,
     Ft,
+    Hub,
     HubBase,
     HubFt,
     MaxRam,
@@ -75,6 +76,7 @@ def merge(
     ft: Ft = None,
     hub_base: HubBase = None,
     hub_ft: HubFt = None,
+    hub_mode: Hub = "cache",
     out: Out = None,
     method: MethodName = None,
     aim: AimOmega = None,
@@ -117,7 +119,7 @@ def merge(
     budget = parse_size(max_ram)
     if dry_run:
         run = FisherRun(device, parse_size(max_vram) if max_vram else None, device_map, trust_remote_code)
-        with streammerge.plan(job, max_ram=budget, threads=threads) as planned:
+        with streammerge.plan(job, max_ram=budget, threads=threads, hub_mode=hub_mode) as planned:
             summary = planned.summary(run)
             if out is not None:
                 check_output(out, [model.folder for model in (planned.base, *planned.experts)], overwrite)
@@ -130,6 +132,7 @@ def merge(
         out,
         max_ram=budget,
         threads=threads,
+        hub_mode=hub_mode,
         device=device,
         max_vram=parse_size(max_vram) if max_vram else None,
         device_map=device_map,
@@ -149,6 +152,7 @@ def plan(**options: Any) -> None:
 def fisher(
     base: Base = None,
     hub_base: HubBase = None,
+    hub_mode: Hub = "cache",
     out: Out = None,
     device: Device = None,
     max_vram: MaxVram = None,
@@ -173,6 +177,7 @@ def fisher(
         model,
         out,
         build(FisherSettings, fisher_settings(options), "Fisher settings"),
+        hub_mode=hub_mode,
         device=device,
         max_vram=parse_size(max_vram) if max_vram else None,
         device_map=device_map,
@@ -222,6 +227,7 @@ def methods(
 def diagnose(
     model: Annotated[str, typer.Argument(help="The merged model: folder or org/name\\[@revision].")],
     against: Against,
+    hub_mode: Hub = "cache",
     plot: Plot = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -237,6 +243,7 @@ def diagnose(
         model,
         against,
         diagnose_settings(options),
+        hub_mode=hub_mode,
         device=device,
         trust_remote_code=trust_remote_code,
         plot=plot,

@@ -22,6 +22,7 @@ from streammerge.fisher import check as check_fisher
 from streammerge.fisher import fisher as measure_fisher
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FISHER_FILE, FisherRecord, check_same_base, open_fisher
+from streammerge.hub.pull import HubMode
 from streammerge.plan import MergePlan, plan
 from streammerge.recipe import Recipe
 from streammerge.report import manifest, model_card, resolved_recipe
@@ -33,6 +34,7 @@ def merge(
     *,
     max_ram: int = DEFAULT_MAX_RAM,
     threads: int | None = None,
+    hub_mode: HubMode = "cache",
     device: str | None = None,
     max_vram: int | None = None,
     device_map: str = "auto",
@@ -50,6 +52,8 @@ def merge(
         out: the output folder; new, empty, or left unfinished by the same call.
         max_ram: bytes for buffers and temporaries of the merge, on top of what importing torch takes.
         threads: workers; the processors by default, at most 8.
+        hub_mode: how models on the Hub are read: "cache" downloads their files into huggingface_hub's cache as they
+            are needed, "stream" reads byte ranges only and keeps nothing. The result is the same.
         device: where a Fisher pass runs: "cpu", "cuda", "cuda:1"; a GPU where there is one by default.
         max_vram, device_map, trust_remote_code: of a Fisher pass, see `fisher`.
         save_fisher: folder to keep a newly measured Fisher in, for other merges of the same base.
@@ -67,7 +71,7 @@ def merge(
     out = Path(out)
     with ExitStack() as stack:
         run = FisherRun(device, max_vram, device_map, trust_remote_code)
-        job = stack.enter_context(plan(recipe, max_ram=max_ram, threads=threads))
+        job = stack.enter_context(plan(recipe, max_ram=max_ram, threads=threads, hub_mode=hub_mode, progress=progress))
         if trust_remote_code:
             require_pinned(job.recipe.base)
         check_output(out, [model.folder for model in (job.base, *job.experts)], overwrite)
@@ -105,7 +109,7 @@ def merge(
                 )
             method, entries = Engine(job, writer, progress).run()
             result = manifest(job, method, sources, entries, writer.finished)
-            files: dict[str, bytes | Path] = {name: job.base.folder / name for name in job.base.side_files()}
+            files: dict[str, bytes | Path] = {name: job.base.files.path(name) for name in job.base.side_files()}
             files |= {CARD_FILE: model_card(job, result).encode()}
             result["files"] = sorted({*files, MANIFEST_FILE, *result["files"]})
             writer.publish(files | {MANIFEST_FILE: _as_json(result)})
