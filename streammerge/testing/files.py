@@ -25,7 +25,7 @@ def resolve(state: State, request: Request) -> Reply:
         headers |= _xet_headers(state, name, commit, file)
         if state.redirects:
             location = state.sign(f"/download/{name}/{file.sha256}/{path}")
-            return Reply(302, b"Found. Redirecting to the storage", headers | {"Location": location})
+            return Reply(302, b"", headers | {"Location": location})
     return content(request, state.content_path(file.sha256), headers)
 
 
