@@ -172,6 +172,7 @@ def test_imports_point_upwards(module: str) -> None:
     [
         "import streammerge",
         "import streammerge.cli",
+        "import streammerge.testing",
         "from streammerge.cli import main; main(['--version'])",
         "from streammerge.cli import main; main(['methods', '--markdown'])",
     ],
