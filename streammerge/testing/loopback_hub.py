@@ -87,6 +87,10 @@ class Hub(State):
         with self.lock:
             return self.commit_bytes(self.repositories[repository], branch, files, "someone else's commit").oid
 
+    def lose_object(self, repository: str, sha256: str) -> None:
+        """Forget an LFS object that was uploaded and not committed, as the Hub does after a while."""
+        self.repositories[repository].objects.discard(sha256)
+
     def misbehave(self, fault: Fault) -> Armed:
         """Arm a fault; the returned object counts the requests it has struck."""
         return self.faults.arm(fault)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Lock
 
 from streammerge.testing.store import Blobs
 from streammerge.testing.xet import Chunk, Term, XetFile, read_chunk_index, unpack_chunk
@@ -11,8 +12,9 @@ class XetStore:
     """Xorbs by hash; files by Xet hash and by SHA-256."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self._arrived = Blobs(folder / "arrived")
+        self._lock = Lock()
         self.by_hash: dict[str, XetFile] = {}
         self.by_sha256: dict[str, XetFile] = {}
         self._chunks: dict[str, list[Chunk]] = {}
@@ -22,13 +24,14 @@ class XetStore:
 
     def add_xorb(self, xorb: str, chunks: Iterator[bytes]) -> bool:
         """Keep a xorb's bytes as they are; whether it is new. Raises ValueError for what is no xorb."""
-        partial = Blobs(self.folder / "partial")
-        arrived = partial.path(partial.add(chunks))
-        index = read_chunk_index(arrived)
-        new = xorb not in self._chunks
-        arrived.replace(self.path(xorb))
-        self._chunks[xorb] = index
-        return new
+        arrived = self._arrived.path(self._arrived.add(chunks))
+        with self._lock:  # the same xorb may arrive twice at once
+            if xorb in self._chunks:
+                arrived.unlink(missing_ok=True)
+                return False
+            self._chunks[xorb] = read_chunk_index(arrived)
+            arrived.replace(self.path(xorb))
+            return True
 
     def add_file(self, file: XetFile) -> None:
         """Raises ValueError for a file that needs chunks which are not there."""

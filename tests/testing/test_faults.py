@@ -214,9 +214,9 @@ def test_a_reset_in_the_middle_of_an_upload(hub: Hub) -> None:
     url = hub.sign(f"/upload/org/model/{oid}")
     hub.misbehave(Fault("reset_upload", path="/upload/*", nbytes=2 << 20))
     with httpx2.Client(trust_env=False) as client:
-        with pytest.raises(httpx2.NetworkError):
+        with pytest.raises(httpx2.TransportError):
             client.put(url, content=content)
-        assert 2 << 20 <= hub.record[-1].received < len(content)
+        assert 2 << 20 <= hub.record[-1].received <= len(content)
         assert oid not in hub.repositories["org/model"].objects
         assert client.put(url, content=content[:-1]).status_code == 400
         assert client.put(url, content=iter([content[:9], content[9:]])).status_code == 200  # chunked

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from streammerge.testing import Fault, Hub
+from streammerge.testing import Hub
 from streammerge.testing.store import git_oid, lfs_file
 
 # the client's own way of sending LFS files
@@ -109,7 +109,7 @@ def test_a_commit_without_its_objects_is_refused(hub: Hub, api: HfApi) -> None:
     api.create_repo("org/model")
     operation = add("model.safetensors", SMALL)
     api.preupload_lfs_files("org/model", [operation])
-    hub.misbehave(Fault("lost_objects", path="*/commit/main"))
+    hub.lose_object("org/model", sha256(SMALL))
     with pytest.raises(BadRequestError, match=r"LFS pointer pointed to a file that does not exist.*model.safetensors"):
         api.create_commit("org/model", [operation, add("config.json", b"{}")], commit_message="all")
     assert api.list_repo_files("org/model") == [".gitattributes"]
