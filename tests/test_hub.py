@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from loopback_hub import Hub
 from tiny_models import MATRIX, Models, Result, Run, content, put, tensors
+
+from streammerge.testing import Hub
 
 TOKEN = "hf_markerMarkerMarkerMarkerMarker12"
 Merge = Callable[..., Result]
