@@ -31,6 +31,7 @@ from streammerge.options import (
     DryRun,
     FisherFrom,
     Ft,
+    Hub,
     HubBase,
     HubFt,
     MaxRam,
@@ -79,6 +80,7 @@ def merge(
     ft: Ft = None,
     hub_base: HubBase = None,
     hub_ft: HubFt = None,
+    hub_mode: Hub = "cache",
     out: Out = None,
     push_to_hub: PushToHub = None,
     method: MethodName = None,
@@ -126,7 +128,7 @@ def merge(
     budget = parse_size(max_ram)
     if dry_run:
         run = FisherRun(device, parse_size(max_vram) if max_vram else None, device_map, trust_remote_code)
-        with streammerge.plan(job, max_ram=budget, threads=threads) as planned:
+        with streammerge.plan(job, max_ram=budget, threads=threads, hub_mode=hub_mode) as planned:
             summary = planned.summary(run)
             if out is not None:
                 check_output(out, [model.folder for model in (planned.base, *planned.experts)], overwrite)
@@ -140,6 +142,7 @@ def merge(
         push_to_hub=push_values or None,
         max_ram=budget,
         threads=threads,
+        hub_mode=hub_mode,
         device=device,
         max_vram=parse_size(max_vram) if max_vram else None,
         device_map=device_map,
@@ -159,6 +162,7 @@ def plan(**options: Any) -> None:
 def fisher(
     base: Base = None,
     hub_base: HubBase = None,
+    hub_mode: Hub = "cache",
     out: Out = None,
     device: Device = None,
     max_vram: MaxVram = None,
@@ -183,6 +187,7 @@ def fisher(
         model,
         out,
         build(FisherSettings, fisher_settings(options), "Fisher settings"),
+        hub_mode=hub_mode,
         device=device,
         max_vram=parse_size(max_vram) if max_vram else None,
         device_map=device_map,
@@ -247,6 +252,7 @@ def methods(
 def diagnose(
     model: Annotated[str, typer.Argument(help="The merged model: folder or org/name\\[@revision].")],
     against: Against,
+    hub_mode: Hub = "cache",
     plot: Plot = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -262,6 +268,7 @@ def diagnose(
         model,
         against,
         diagnose_settings(options),
+        hub_mode=hub_mode,
         device=device,
         trust_remote_code=trust_remote_code,
         plot=plot,

@@ -26,6 +26,7 @@ from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FISHER_FILE, FisherRecord, check_same_base, open_fisher
 from streammerge.hub.commit import Pushed
 from streammerge.hub.publication import Publication
+from streammerge.hub.pull import HubMode
 from streammerge.hub.settings import PushSettings
 from streammerge.plan import MergePlan, plan
 from streammerge.recipe import Recipe
@@ -40,6 +41,7 @@ def merge(
     push_to_hub: str | PushSettings | Mapping[str, Any] | None = None,
     max_ram: int = DEFAULT_MAX_RAM,
     threads: int | None = None,
+    hub_mode: HubMode = "cache",
     device: str | None = None,
     max_vram: int | None = None,
     device_map: str = "auto",
@@ -62,6 +64,8 @@ def merge(
         push_to_hub: the repository, org/name, or a mapping with the keys of `PushSettings`.
         max_ram: bytes for buffers and temporaries of the merge, on top of what importing torch takes.
         threads: workers; the processors by default, at most 8.
+        hub_mode: how models on the Hub are read: "cache" downloads their files into huggingface_hub's cache as they
+            are needed, "stream" reads byte ranges only and keeps nothing. The result is the same.
         device: where a Fisher pass runs: "cpu", "cuda", "cuda:1"; a GPU where there is one by default.
         max_vram, device_map, trust_remote_code: of a Fisher pass, see `fisher`.
         save_fisher: folder to keep a newly measured Fisher in, for other merges of the same base.
@@ -87,7 +91,7 @@ def merge(
         if push is not None:
             stack.callback(push.tidy)
             push.check()
-        job = stack.enter_context(plan(recipe, max_ram=max_ram, threads=threads))
+        job = stack.enter_context(plan(recipe, max_ram=max_ram, threads=threads, hub_mode=hub_mode, progress=progress))
         if trust_remote_code:
             require_pinned(job.recipe.base)
         check_output(out, [model.folder for model in (job.base, *job.experts)], overwrite)
@@ -138,7 +142,7 @@ def _write(
     while True:
         method, entries = Engine(job, writer, progress, push.room if push is not None else None).run()
         result = manifest(job, method, sources, entries, writer.finished)
-        files: dict[str, bytes | Path] = {name: job.base.folder / name for name in job.base.side_files()}
+        files: dict[str, bytes | Path] = {name: job.base.files.path(name) for name in job.base.side_files()}
         files |= {CARD_FILE: model_card(job, result).encode()}
         result["files"] = sorted({*files, MANIFEST_FILE, *result["files"]})
         files |= {MANIFEST_FILE: _as_json(result)}

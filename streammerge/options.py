@@ -42,6 +42,16 @@ HubBase = Annotated[str | None, typer.Option(help="Base model, always from the H
 HubFt = Annotated[
     list[str] | None, typer.Option(help="Fine-tuned model, always from the Hub. Repeat.", rich_help_panel=MODELS)
 ]
+Hub = Annotated[
+    Any,  # a HubMode
+    typer.Option(
+        "--hub-mode",
+        metavar="cache|stream",
+        help="Models on the Hub: download files into the Hub's cache as they are needed, or read byte ranges only and "
+        "keep nothing.",
+        rich_help_panel=MODELS,
+    ),
+]
 MethodName = Annotated[
     str | None, typer.Option("--method", "-m", help=f"Merge method: {', '.join(METHODS)}. (default: {DEFAULT_METHOD})")
 ]

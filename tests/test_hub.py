@@ -136,7 +136,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], list[str]]] = {
     ),
     "only pickled weights": (
         ("--base", "org/base", "--ft", "org/pickled"),
-        ["org/pickled: the repository holds no safetensors files", "convert them"],
+        ["org/pickled: only pickled weights (pytorch_model.bin)", "from_pretrained('org/pickled'"],
     ),
 }
 

@@ -1,1 +1,1 @@
-"""To the Hugging Face Hub. The client, huggingface_hub, is imported where a call needs it."""
+"""The Hugging Face Hub: models from it, by byte ranges or through its client's cache, and merges to it."""

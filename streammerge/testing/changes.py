@@ -169,7 +169,7 @@ def _apply(state: State, repository: Repository, files: dict[str, File], key: st
     elif key == "lfsFile":
         if value["oid"] not in repository.objects:
             raise RefusalError(400, f"{MISSING} Offending file: {path}")
-        files[path] = lfs_file(value["oid"], state.blobs.path(value["oid"]).stat().st_size)
+        files[path] = lfs_file(value["oid"], state.object_size(value["oid"]))
     elif key == "deletedFile":
         if files.pop(path, None) is None:
             raise RefusalError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")

@@ -21,7 +21,11 @@ Kind = Literal[
     "slow",
     "stall",
     "moved_branch",
+    "lost_objects",
 ]
+
+_OF_BODIES: tuple[Kind, ...] = ("reset", "short_body", "corrupt", "slow")
+_OF_RANGES: tuple[Kind, ...] = ("ignore_range", "wrong_range")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class Fault:
     slow:          the body comes `nbytes` at a time with `seconds` in between.
     stall:         nothing comes for `seconds`, then the right answer.
     moved_branch:  just before the request, someone else commits `files` to `branch`.
+    lost_objects:  just before the request, the repository forgets the LFS objects that no commit needs.
+
+    A HEAD request has no body to spoil: reset, short_body, corrupt and slow pass it by. Requests without a range are
+    passed by by ignore_range and wrong_range. Behind a redirect the bytes come from `/download/*`.
 
     Args:
         kind: one of those above.
@@ -78,10 +86,12 @@ class Armed:
     matched: int = 0
     struck: int = 0
 
-    def strikes(self, method: str, path: str) -> bool:
+    def strikes(self, method: str, path: str, ranged: bool) -> bool:
         """Whether this request, one more, is hit."""
         fault = self.fault
         if not (fnmatchcase(path, fault.path) and fnmatchcase(method, fault.method)):
+            return False
+        if (method == "HEAD" and fault.kind in _OF_BODIES) or (not ranged and fault.kind in _OF_RANGES):
             return False
         self.matched += 1
         hit = self.matched > fault.after and (fault.times is None or self.struck < fault.times)
@@ -106,7 +116,8 @@ class Faults:
         with self._lock:
             self._armed.clear()
 
-    def strike(self, method: str, path: str) -> dict[Kind, Fault]:
-        """The faults that this request meets, one of each kind at most."""
+    def strike(self, method: str, path: str, ranged: bool) -> dict[Kind, Fault]:
+        """The faults that this request meets, of each kind the one armed first."""
         with self._lock:
-            return {armed.fault.kind: armed.fault for armed in reversed(self._armed) if armed.strikes(method, path)}
+            struck = [armed.fault for armed in self._armed if armed.strikes(method, path, ranged)]
+        return {fault.kind: fault for fault in reversed(struck)}

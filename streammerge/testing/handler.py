@@ -34,7 +34,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
-        self._faults = self.state.faults.strike(self.command, unquote(url.path))
+        ranged = self.headers["Range"] is not None
+        self._faults = self.state.faults.strike(self.command, unquote(url.path), ranged)
         self._left: Iterator[bytes] | None = None
         found = find_route(self.host, "GET" if self.command == "HEAD" else self.command, url.path)
         endpoint = found[0].endpoint if found else ""
@@ -89,8 +90,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _strike_before(self) -> None:
         faults = self._faults
-        if fault := faults.get("moved_branch"):
-            self._move_branch(fault)
+        self._change_behind_its_back()
         if fault := faults.get("status"):
             raise RefusalError(fault.status, "this fault was asked for")
         if fault := faults.get("rate_limit"):
@@ -102,12 +102,17 @@ class Handler(BaseHTTPRequestHandler):
         if "expired" in faults:
             raise RefusalError(403, EXPIRED)
 
-    def _move_branch(self, fault: Fault) -> None:
-        parts = unquote(self._exchange.path).removeprefix("/api/models").split("/")
-        repository = self.state.repositories.get("/".join(parts[1:3]))
-        if repository is not None:
-            with self.state.lock:
+    def _change_behind_its_back(self) -> None:
+        """Faults in the repository that the path names, before the request takes effect."""
+        parts = self._exchange.path.removeprefix("/api/models").split("/")
+        repository = self.state.repositories.get("/".join(parts[1:3]).removesuffix(".git"))
+        if repository is None:
+            return
+        with self.state.lock:
+            if fault := self._faults.get("moved_branch"):
                 self.state.commit_bytes(repository, fault.branch, fault.files, "someone else's commit")
+            if "lost_objects" in self._faults:
+                repository.forget_uncommitted()
 
     def _chunks(self) -> Iterator[bytes]:
         """The request's body."""
@@ -163,9 +168,14 @@ class Handler(BaseHTTPRequestHandler):
             piece = piece[: allowed - self._exchange.served]
             if slow and self._exchange.served and self.stopping.wait(slow.seconds):
                 raise _ResetError
-            self.wfile.write(piece)
-            self._exchange.served += len(piece)
+            self._exchange.served += len(piece)  # before the client can have it and look at the record
+            try:
+                self.wfile.write(piece)
+            except OSError:
+                self._exchange.served -= len(piece)
+                raise
         if "reset" in self._faults:
+            self.stopping.wait(0.05)  # a reset makes the client's system drop what the client has not read yet
             raise _ResetError
         if "short_body" in self._faults:
             self.close_connection = True

@@ -82,7 +82,7 @@ def tree(state: State, request: Request) -> Reply:
     repository = state.readable(request, name)
     commit = state.commit_of(repository, revision)
     recursive, expand = (request.query.get(key, "").lower() in ("true", "1") for key in ("recursive", "expand"))
-    entries = _entries(repository, commit, (folder or "").strip("/"), recursive, expand)
+    entries = _entries(state, repository, commit, (folder or "").strip("/"), recursive, expand)
     if folder and not entries:
         raise RefusalError(404, f"{folder} does not exist on {revision!r}", "EntryNotFound")
     size = min(state.page_size, EXPANDED_PAGE_SIZE) if expand else state.page_size
@@ -90,7 +90,7 @@ def tree(state: State, request: Request) -> Reply:
 
 
 def _entries(
-    repository: Repository, commit: Commit, folder: str, recursive: bool, expand: bool
+    state: State, repository: Repository, commit: Commit, folder: str, recursive: bool, expand: bool
 ) -> list[dict[str, Any]]:
     """The files and folders in a folder, in the order of their paths."""
     prefix = f"{folder}/" if folder else ""
@@ -103,7 +103,7 @@ def _entries(
             parent = prefix + "/".join(parts[:depth])
             described[parent] = {"type": "directory", "oid": _tree_oid(commit, parent), "size": 0, "path": parent}
         if recursive or len(parts) == 1:
-            described[path] = entry(path, file, commit, repository, expand)
+            described[path] = entry(state, repository, commit, path, file, expand)
     return [described[path] for path in sorted(described)]
 
 
@@ -137,7 +137,7 @@ def paths_info(state: State, request: Request) -> Reply:
     found = []
     for path in asked:
         if path in commit.files:
-            found.append(entry(path, commit.files[path], commit, repository, expand))
+            found.append(entry(state, repository, commit, path, commit.files[path], expand))
         elif any(other.startswith(f"{path.rstrip('/')}/") for other in commit.files):
             found.append({"type": "directory", "oid": _tree_oid(commit, path), "size": 0, "path": path})
     return json_reply(found)

@@ -80,7 +80,7 @@ class Hub(State):
 
     def read(self, repository: str, path: str, revision: str = "main") -> bytes:
         """A file's content."""
-        return self.blobs.read(self.repositories[repository].files(revision)[path].sha256)
+        return self.content_path(self.repositories[repository].files(revision)[path].sha256).read_bytes()
 
     def move_branch(self, repository: str, files: Mapping[str, bytes], branch: str = "main") -> str:
         """Commit files to a branch as someone else would; returns the commit."""

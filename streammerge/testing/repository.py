@@ -104,6 +104,10 @@ class Repository:
         heads[ref] = oid
         return self.commits[oid]
 
+    def forget_uncommitted(self) -> None:
+        """Lose the objects that no commit needs, as the Hub does after a while."""
+        self.objects &= {file.sha256 for commit in self.commits.values() for file in commit.files.values()}
+
     def discuss(self, title: str, description: str, author: str, base: str | None = None) -> Discussion:
         """Open a discussion, or with a base branch a draft pull request."""
         num = next(n for n in itertools.count(1) if n not in self.discussions)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import unquote
 
-from streammerge.testing import changes, discussions, files, listings, uploads
+from streammerge.testing import cas, changes, discussions, files, listings, uploads
 from streammerge.testing.state import State
 from streammerge.testing.wire import Reply, Request
 
@@ -13,6 +13,7 @@ Answer = Callable[[State, Request], Reply]
 
 NAME = r"([^/]+/[^/]+)"
 REVISION = r"(refs/(?:heads|pr|convert)/[^/]+|[^/]+)"  # the client sends refs%2Fpr%2F1, others may not
+HASH = "([0-9a-f]{64})"
 MODEL = rf"/api/models/{NAME}"
 
 
@@ -60,10 +61,19 @@ ROUTES = (
     Route("hub", "POST", rf"/{NAME}\.git/info/lfs/objects/batch", "lfs-batch", uploads.batch),
     Route("hub", "POST", rf"/api/complete/{NAME}", "lfs-complete", uploads.complete, streams=True),
     Route("hub", "POST", rf"/api/complete/{NAME}/verify", "lfs-verify", uploads.verify),
+    Route("hub", "GET", rf"{MODEL}/xet-read-token/{REVISION}", "xet-token", cas.read_token),
+    Route("hub", "GET", rf"{MODEL}/xet-write-token/{REVISION}", "xet-token", cas.write_token),
+    Route("storage", "POST", rf"/cas/v1/xorbs/default/{HASH}", "xorb-upload", cas.put_xorb, streams=True),
+    Route("storage", "POST", "/cas/v[12]/shards", "shard-upload", cas.put_shard),
+    Route("storage", "GET", rf"/cas/v1/reconstructions/{HASH}", "reconstruction", cas.reconstruction),
+    Route("storage", "GET", rf"/cas/v1/chunks/[^/]+/{HASH}", "deduplication", cas.absent),
+    Route("storage", "POST", rf"/cas/v1/xorb-grants/[^/]+/{HASH}", "xorb-grant", cas.absent),
+    Route("storage", "GET", rf"/cas/v2/reconstructions/{HASH}", "reconstruction", cas.absent),
+    Route("storage", "GET", rf"/xorbs/{HASH}", "xorb-download", cas.get_xorb),
     Route("hub", "GET HEAD", rf"/{NAME}/resolve/{REVISION}/(.+)", "resolve", files.resolve),
-    Route("storage", "GET HEAD", rf"/download/{NAME}/([0-9a-f]{{64}})/(.+)", "download", files.download),
-    Route("storage", "PUT", rf"/upload/{NAME}/([0-9a-f]{{64}})", "upload", uploads.put_object, streams=True),
-    Route("storage", "PUT", rf"/upload/{NAME}/([0-9a-f]{{64}})/(\d+)", "upload", uploads.put_part, streams=True),
+    Route("storage", "GET HEAD", rf"/download/{NAME}/{HASH}/(.+)", "download", files.download),
+    Route("storage", "PUT", rf"/upload/{NAME}/{HASH}", "upload", uploads.put_object, streams=True),
+    Route("storage", "PUT", rf"/upload/{NAME}/{HASH}/(\d+)", "upload", uploads.put_part, streams=True),
 )
 
 

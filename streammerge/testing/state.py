@@ -14,6 +14,7 @@ from streammerge.testing.record import Exchange
 from streammerge.testing.repository import Commit, Files, Repository
 from streammerge.testing.store import Blobs
 from streammerge.testing.wire import RefusalError, Request, User
+from streammerge.testing.xet_store import XetStore
 
 ANYBODY = User("me", organizations=None)
 
@@ -27,6 +28,7 @@ class State:
         self.url = self.storage_url = ""
         self.repositories: dict[str, Repository] = {}
         self.blobs = Blobs(folder / "blobs")
+        self.xet = XetStore(folder / "xorbs")
         self.record: list[Exchange] = []
         self.faults = Faults()
         self.lock = RLock()
@@ -35,6 +37,7 @@ class State:
         self.redirects = True
         self.link_seconds = 3600.0
         self._key = secrets.token_bytes(16)
+        self._xet_tokens: dict[str, tuple[str, str]] = {}
 
     def user_of(self, authorization: str | None) -> User | None:
         """Whose request it is; None for nobody's."""
@@ -93,6 +96,32 @@ class State:
         added = {path: self.blobs.add_file(path, [content]) for path, content in contents.items()}
         repository.objects |= {file.sha256 for file in added.values() if file.lfs}
         return repository.commit(branch, {**files, **added}, title, author="someone-else")
+
+    def object_size(self, sha256: str) -> int:
+        """Bytes of an object that was uploaded, in whatever way."""
+        xet = self.xet.by_sha256.get(sha256)
+        return self.blobs.path(sha256).stat().st_size if xet is None else xet.size
+
+    def content_path(self, sha256: str) -> Path:
+        """Where an object's bytes lie; what came through Xet is put together when it is first asked for."""
+        with self.lock:
+            if sha256 not in self.blobs:
+                self.blobs.add(self.xet.unpack(self.xet.by_sha256[sha256]), sha256)
+        return self.blobs.path(sha256)
+
+    def xet_token(self, name: str, scope: str) -> str:
+        """A token for a repository's Xet objects."""
+        token = secrets.token_urlsafe(16)
+        self._xet_tokens[token] = (name, scope)
+        return token
+
+    def require_xet_token(self, request: Request, scope: str) -> str:
+        """The repository that the request's token is for; a token to write may read."""
+        token = (request.exchange.authorization or "").removeprefix("Bearer ")
+        name, granted = self._xet_tokens.get(token, ("", ""))
+        if scope not in (granted, "read") or not granted:
+            raise RefusalError(401, f"no token to {scope} Xet objects")
+        return name
 
     def sign(self, path: str) -> str:
         """A URL on the storage host that will be honoured for a while, without a token."""

@@ -93,7 +93,7 @@ def verify(state: State, request: Request) -> Reply:
     repository = state.writable(request, name, by_pull_request=True)
     asked = request.json()
     oid, size = asked["oid"], asked["size"]
-    if oid not in repository.objects or state.blobs.path(oid).stat().st_size != size:
+    if oid not in repository.objects or state.object_size(oid) != size:
         raise RefusalError(404, f"object {oid} of {size} bytes has not been uploaded")
     return json_reply({"success": True})
 
