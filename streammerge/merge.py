@@ -24,13 +24,14 @@ from streammerge.fisher import check as check_fisher
 from streammerge.fisher import fisher as measure_fisher
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FISHER_FILE, FisherRecord, check_same_base, open_fisher
+from streammerge.hub.card import PLOT_FILE, Licence, coefficient_plot, model_card, stated_licence
 from streammerge.hub.commit import Pushed
 from streammerge.hub.publication import Publication
 from streammerge.hub.pull import HubMode
 from streammerge.hub.settings import PushSettings
 from streammerge.plan import MergePlan, plan
 from streammerge.recipe import Recipe
-from streammerge.report import manifest, model_card, resolved_recipe
+from streammerge.report import manifest, resolved_recipe
 from streammerge.schema import build
 
 
@@ -90,6 +91,7 @@ def merge(
         run = FisherRun(device, max_vram, device_map, trust_remote_code)
         if push is not None:
             stack.callback(push.tidy)
+            stack.callback(push.close)
             push.check()
         job = stack.enter_context(plan(recipe, max_ram=max_ram, threads=threads, hub_mode=hub_mode, progress=progress))
         if trust_remote_code:
@@ -101,6 +103,7 @@ def merge(
         unmeasured = _check_fishers(job, out, save_fisher, sources, run)
         if job.method.calibration:
             check_calibration(job.models, job.recipe.calibration, run)
+        licences = [stated_licence(model) for model in job.models]
         texts = text_digests(job.recipe.calibration)
         identity = {"version": __version__, "recipe": resolved_recipe(job), "sources": sources, "texts": texts}
         elsewhere = push.uploaded_before if push is not None else nothing_elsewhere
@@ -122,7 +125,7 @@ def merge(
                     run,
                     progress=progress,
                 )
-            result, files, pushed = _write(job, writer, sources, push, progress)
+            result, files, pushed = _write(job, writer, sources, licences, push, progress)
             if keep:
                 writer.publish(files)
             else:
@@ -134,7 +137,12 @@ def merge(
 
 
 def _write(
-    job: MergePlan, writer: CheckpointWriter, sources: list[dict[str, Any]], push: Publication | None, progress: bool
+    job: MergePlan,
+    writer: CheckpointWriter,
+    sources: list[dict[str, Any]],
+    licences: list[Licence],
+    push: Publication | None,
+    progress: bool,
 ) -> tuple[dict[str, Any], dict[str, bytes | Path], Pushed | None]:
     """Merge all tensors and, with a push, commit them; the manifest, all files beside shards and index, the commit."""
     from streammerge.engine import Engine  # imports torch
@@ -142,15 +150,21 @@ def _write(
     while True:
         method, entries = Engine(job, writer, progress, push.room if push is not None else None).run()
         result = manifest(job, method, sources, entries, writer.finished)
-        files: dict[str, bytes | Path] = {name: job.base.files.path(name) for name in job.base.side_files()}
-        files |= {CARD_FILE: model_card(job, result).encode()}
-        result["files"] = sorted({*files, MANIFEST_FILE, *result["files"]})
-        files |= {MANIFEST_FILE: _as_json(result)}
+        files = _other_files(job, result, licences)
         if push is None:
             return result, files, None
         pushed = push.commit({**files, **index_files(job.shards)}, f"Upload a merge by {job.recipe.method}")
         if pushed is not None:
             return result, files, pushed
+
+
+def _other_files(job: MergePlan, result: dict[str, Any], licences: list[Licence]) -> dict[str, bytes | Path]:
+    """Everything beside shards and index; completes the manifest with all names."""
+    files: dict[str, bytes | Path] = {name: job.base.files.path(name) for name in job.base.side_files()}
+    if (plot := coefficient_plot(result)) is not None:
+        files[PLOT_FILE] = plot
+    result["files"] = sorted({*files, CARD_FILE, MANIFEST_FILE, *result["files"]})
+    return {**files, CARD_FILE: model_card(job, result, licences).encode(), MANIFEST_FILE: _as_json(result)}
 
 
 def _check_fishers(

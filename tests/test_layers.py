@@ -104,6 +104,7 @@ ORDER = [
     "report",
     "stream",
     "engine",
+    "hub.card",
     "hub.operations",
     "hub.refusals",
     "hub.settings",

@@ -24,6 +24,7 @@ class Publication:
 
     def __init__(self, settings: PushSettings) -> None:
         self.settings, self.target = settings, HubTarget(settings)
+        self._ledger: Ledger | None = None
         self._rounds = 0
 
     def folder(self) -> Path:
@@ -58,6 +59,11 @@ class Publication:
         self._ledger = Ledger(work, self.settings, self.target.api.endpoint)
         return self._ledger.uploaded
 
+    def close(self) -> None:
+        """Let go of the ledger."""
+        if self._ledger is not None:
+            self._ledger.close()
+
     def begin(self, writer: CheckpointWriter, *, keep: bool, progress: bool) -> Uploads:
         """Make repository and branch if need be, and fix the commit that ours comes after.
 
@@ -71,12 +77,17 @@ class Publication:
             TransferError: the branch moved since an earlier run began this push.
         """
         head = self.target.prepare()
-        if not self._ledger.begun or self.settings.parent_commit is not None:
-            self._ledger.begin(head)
-        elif head != self._ledger.head and not self._ledger.committing and not self.settings.create_pr:
-            raise self.target.moved(self._ledger.head, head)
-        self._uploads = Uploads(self.target, self._ledger, writer, keep=keep, progress=progress)
+        if not self._opened.begun or self.settings.parent_commit is not None:
+            self._opened.begin(head)
+        elif head != self._opened.head and not self._opened.committing and not self.settings.create_pr:
+            raise self.target.moved(self._opened.head, head)
+        self._uploads = Uploads(self.target, self._opened, writer, keep=keep, progress=progress)
         return self._uploads
+
+    @property
+    def _opened(self) -> Ledger:
+        assert self._ledger is not None  # `uploaded_before` comes first
+        return self._ledger
 
     @property
     def room(self) -> DiskRoom:
@@ -96,7 +107,7 @@ class Publication:
         self._uploads.wait()
         everything = {name: PushedFile.of(content) for name, content in files.items()} | self._uploads.files()
         try:
-            return Commit(self.target, everything, self._ledger.head, message).make(self._ledger.commit)
+            return Commit(self.target, everything, self._opened.head, message).make(self._opened.commit)
         except LostObjectsError as error:
             self._rounds += 1
             if self._rounds == UPLOADS:

@@ -37,6 +37,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
             "ENDPOINT": running.url,
             "HF_HUB_DISABLE_XET": True,
             "HF_HUB_DISABLE_TELEMETRY": True,
+            "HUGGINGFACE_CO_URL_TEMPLATE": running.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
             "HF_ASSETS_CACHE": str(tmp_path / "assets"),
         }.items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)

@@ -15,9 +15,9 @@ USERS = {TOKEN: User("me", ("org",)), READER: User("reader", ("org",), can_write
 Merge = Callable[..., dict[str, Any]]
 
 
-def recipe(models: Models, **values: Any) -> dict[str, Any]:
+def recipe(pair: Models, **values: Any) -> dict[str, Any]:
     """Several shards of a few tensors each."""
-    plain = {"base": str(models.base), "models": [str(models.ft)], "method": "task_arithmetic"}
+    plain = {"base": str(pair.base), "models": [str(pair.ft)], "method": "task_arithmetic"}
     return {**plain, "max_shard_bytes": "6KB", **values}
 
 
