@@ -133,8 +133,7 @@ def commit(state: State, request: Request) -> Reply:
     name, revision = request.groups
     by_pull_request = request.query.get("create_pr") == "1"
     repository = state.writable(request, name, by_pull_request)
-    if request.user is None:  # not reached: require_writer has seen to it
-        raise RefusalError(401, "Invalid username or password.")
+    author = require_writer(request).name
     head = state.commit_of(repository, revision)
     if revision not in repository.branches and revision not in repository.pulls:
         raise RefusalError(400, f"{revision} is neither a branch nor a pull request: nothing can be committed to it")
@@ -149,9 +148,9 @@ def commit(state: State, request: Request) -> Reply:
     title, description = header["summary"], header.get("description", "")
     pull: Discussion | None = None
     if by_pull_request:
-        pull = repository.discuss(title, description, request.user.name, revision)
+        pull = repository.discuss(title, description, author, revision)
         pull.status, revision = "open", pull.ref
-    made = repository.commit(revision, files, title, description, request.user.name)
+    made = repository.commit(revision, files, title, description, author)
     answer = {"success": True, "commitOid": made.oid, "commitUrl": f"{state.url}/{name}/commit/{made.oid}"}
     if pull is not None:
         answer["pullRequestUrl"] = f"{state.url}/{name}/discussions/{pull.num}"
