@@ -14,6 +14,8 @@ from streammerge.diagnose.settings import DiagnoseSettings
 from streammerge.errors import StreammergeError
 from streammerge.fisher import fisher
 from streammerge.fisher.store import FisherSettings
+from streammerge.hub.push import push
+from streammerge.hub.settings import PushSettings
 from streammerge.merge import merge
 from streammerge.methods import METHODS
 from streammerge.plan import MergePlan, plan
@@ -25,6 +27,7 @@ __all__ = [
     "DiagnoseSettings",
     "FisherSettings",
     "MergePlan",
+    "PushSettings",
     "Recipe",
     "StreammergeError",
     "__version__",
@@ -36,5 +39,6 @@ __all__ = [
     "make_recipe",
     "merge",
     "plan",
+    "push",
     "verify",
 ]

@@ -31,6 +31,7 @@ from streammerge.options import (
     DryRun,
     FisherFrom,
     Ft,
+    Hub,
     HubBase,
     HubFt,
     MaxRam,
@@ -40,8 +41,10 @@ from streammerge.options import (
     Out,
     Overwrite,
     Plot,
+    PushToHub,
     Quiet,
     RecipeFile,
+    Repository,
     SaveFisher,
     Threads,
     TrustRemoteCode,
@@ -53,6 +56,8 @@ from streammerge.options import (
     fisher_settings,
     method_options,
     parameter_help,
+    push_options,
+    push_settings,
 )
 from streammerge.recipe import load_recipe, make_recipe
 from streammerge.report import block_rows, fisher_rows, plan_text, table
@@ -75,7 +80,9 @@ def merge(
     ft: Ft = None,
     hub_base: HubBase = None,
     hub_ft: HubFt = None,
+    hub_mode: Hub = "cache",
     out: Out = None,
+    push_to_hub: PushToHub = None,
     method: MethodName = None,
     aim: AimOmega = None,
     fisher: FisherFrom = None,
@@ -114,22 +121,28 @@ def merge(
     if not values.get("models"):
         raise typer.BadParameter("give a fine-tuned model", param_hint="--ft")
     job = make_recipe(values)
+    push_values = {**push_settings(options), **({"repository": push_to_hub} if push_to_hub else {})}
+    if push_values and not push_to_hub:
+        name = f"--{next(iter(push_values)).replace('_', '-')}"
+        raise typer.BadParameter("goes with --push-to-hub only", param_hint=name)
     budget = parse_size(max_ram)
     if dry_run:
         run = FisherRun(device, parse_size(max_vram) if max_vram else None, device_map, trust_remote_code)
-        with streammerge.plan(job, max_ram=budget, threads=threads) as planned:
+        with streammerge.plan(job, max_ram=budget, threads=threads, hub_mode=hub_mode) as planned:
             summary = planned.summary(run)
             if out is not None:
                 check_output(out, [model.folder for model in (planned.base, *planned.experts)], overwrite)
         _print(summary if json else plan_text(summary))
         return
-    if out is None:
-        raise typer.BadParameter("give the output folder", param_hint="--out")
+    if out is None and not push_to_hub:
+        raise typer.BadParameter("give the output folder, or --push-to-hub", param_hint="--out")
     result = streammerge.merge(
         job,
         out,
+        push_to_hub=push_values or None,
         max_ram=budget,
         threads=threads,
+        hub_mode=hub_mode,
         device=device,
         max_vram=parse_size(max_vram) if max_vram else None,
         device_map=device_map,
@@ -149,6 +162,7 @@ def plan(**options: Any) -> None:
 def fisher(
     base: Base = None,
     hub_base: HubBase = None,
+    hub_mode: Hub = "cache",
     out: Out = None,
     device: Device = None,
     max_vram: MaxVram = None,
@@ -173,6 +187,7 @@ def fisher(
         model,
         out,
         build(FisherSettings, fisher_settings(options), "Fisher settings"),
+        hub_mode=hub_mode,
         device=device,
         max_vram=parse_size(max_vram) if max_vram else None,
         device_map=device_map,
@@ -182,6 +197,21 @@ def fisher(
         progress=not quiet,
     )
     _print(record.model_dump() if json else _fisher_text(record, out))
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="The output folder of a merge.")],
+    repository: Repository,
+    json: AsJson = False,
+    quiet: Quiet = False,
+    **options: Any,
+) -> None:
+    """Push a finished merge to the Hugging Face Hub: checked against its manifest, in one commit.
+
+    Example: streammerge push merged my-name/merged --private
+    """
+    result = streammerge.push(folder, repository, **push_settings(options), progress=not quiet)
+    _print(result if json else _pushed_text(result))
 
 
 def verify(
@@ -222,6 +252,7 @@ def methods(
 def diagnose(
     model: Annotated[str, typer.Argument(help="The merged model: folder or org/name\\[@revision].")],
     against: Against,
+    hub_mode: Hub = "cache",
     plot: Plot = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -237,6 +268,7 @@ def diagnose(
         model,
         against,
         diagnose_settings(options),
+        hub_mode=hub_mode,
         device=device,
         trust_remote_code=trust_remote_code,
         plot=plot,
@@ -340,15 +372,22 @@ def _plain(values: list[str]) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _merged_text(result: dict[str, Any], out: Path) -> str:
+def _merged_text(result: dict[str, Any], out: Path | None) -> str:
     size = sum(shard["bytes"] for shard in result["shards"].values())
     lines = [f"note: {note}" for note in result["notes"]]
     if result["blocks"]:
         lines = [table(*block_rows(result)), "", *lines]
     merged = sum("coefficient" in tensor for tensor in result["tensors"].values())
     copied = len(result["tensors"]) - merged
-    lines.append(f"{merged} tensors merged, {copied} copied from the base: {format_size(size)} in {out}")
+    where = f" in {out}" if out is not None else ""
+    lines.append(f"{merged} tensors merged, {copied} copied from the base: {format_size(size)}{where}")
+    if "push" in result:
+        lines.append(_pushed_text(result["push"]))
     return "\n".join(lines)
+
+
+def _pushed_text(result: dict[str, Any]) -> str:
+    return f"pushed: {result['url']}" if result["new"] else f"already there, nothing to push: {result['url']}"
 
 
 def _fisher_text(record: FisherRecord, out: Path) -> str:
@@ -382,10 +421,11 @@ def _root(
     del version
 
 
-_options = [*method_options(), *fisher_options(), *calibration_options()]
+_options = [*method_options(), *fisher_options(), *calibration_options(), *push_options()]
 _register(merge, *_options)
 _register(plan, *_options, like=merge, drop="out save_fisher overwrite dry_run quiet")
 _register(fisher, *fisher_options(bare=True))
+_register(push, *push_options())
 _register(verify)
 _register(methods)
 _register(diagnose, *diagnose_options())

@@ -13,6 +13,7 @@ from torch import Tensor
 from streammerge.checkpoints.buffers import as_bytes
 from streammerge.checkpoints.checkpoint import Checkpoint, torch_dtype
 from streammerge.checkpoints.header import TensorInfo
+from streammerge.checkpoints.room import DiskRoom
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.errors import IncompatibleCheckpointsError
 from streammerge.methods.api import Method, RowBlock, TensorContext, Unit
@@ -23,10 +24,15 @@ from streammerge.workers import single_threaded_torch
 
 
 class Engine:
-    """The survey and the merge of one plan, on a few worker threads with a reader each."""
+    """The survey and the merge of one plan, on a few worker threads with a reader each.
 
-    def __init__(self, plan: MergePlan, writer: CheckpointWriter, progress: bool) -> None:
+    Args:
+        room: lets a unit be merged once there is room on disk for what it writes; any time by default.
+    """
+
+    def __init__(self, plan: MergePlan, writer: CheckpointWriter, progress: bool, room: DiskRoom | None = None) -> None:
         self.plan, self.writer, self.progress = plan, writer, progress
+        self.room = room or DiskRoom(writer, None)
         self.method: Method = plan.method
 
     def run(self) -> tuple[Method, dict[str, dict[str, Any]]]:
@@ -40,15 +46,20 @@ class Engine:
             in_order = {unit.tensors[0]: surveys[unit.tensors[0]] for unit in surveyed}
             records = [record for _, record in self.plan.fishers]
             self.method = self.method.prepared(in_order, records, self.plan.calibrated)
-            self._work("Merge", units, self.plan.merge_bytes, self._merge)
+            self._work("Merge", units, self.plan.merge_bytes, self._merge, self.room)
             self.writer.wait()
         return self.method, {tensor.name: self.writer.entries[tensor.name] for tensor in self.plan.contexts}
 
     def _work(
-        self, label: str, units: Sequence[Unit], size: Callable[[Unit], int], do: Callable[[RowReader, Unit], None]
+        self,
+        label: str,
+        units: Sequence[Unit],
+        size: Callable[[Unit], int],
+        do: Callable[[RowReader, Unit], None],
+        room: DiskRoom | None = None,
     ) -> None:
         """Hand the units, in order, to the workers; the first error stops all. `size`: bytes a unit reads."""
-        queue, lock, stop = iter(units), Lock(), Event()
+        queue, turn, lock, stop = iter(units), Lock(), Lock(), Event()
         total = sum(size(unit) for unit in units)
         bar = progress_bar(total, label, "B", self.progress)
 
@@ -59,15 +70,20 @@ class Engine:
         def loop() -> None:
             reader = RowReader(self.plan.budget.buffer_bytes, self.plan.recipe.allow_nonfinite, advance)
             while not stop.is_set():
-                with lock:
-                    unit = next(queue, None)
-                if unit is None:
-                    return
                 try:
+                    with turn:
+                        unit = next(queue, None)
+                        if unit is None:
+                            return
+                        written = room.enter((tensor.name for tensor in unit.tensors), stop) if room else ()
+                    if written is None:
+                        return
                     do(reader, unit)
                 except BaseException:
                     stop.set()
                     raise
+                if room and written:
+                    room.leave(written)
                 advance(size(unit) - reader.bytes_read)  # a pass that was not needed
 
         with bar, ThreadPoolExecutor(self.plan.budget.workers, "streammerge") as pool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,35 @@ from streammerge.calibration import calibrate
 from streammerge.calibration import check as check_calibration
 from streammerge.calibration.store import text_digests
 from streammerge.checkpoints.checkpoint import CARD_FILE, MANIFEST_FILE, Checkpoint
+from streammerge.checkpoints.layout import file_names, index_files
 from streammerge.checkpoints.locate import require_pinned
 from streammerge.checkpoints.output import WORK_DIR, check_output
-from streammerge.checkpoints.writer import CheckpointWriter
+from streammerge.checkpoints.writer import CheckpointWriter, nothing_elsewhere
 from streammerge.errors import CheckpointError, RecipeError
 from streammerge.fisher import check as check_fisher
 from streammerge.fisher import fisher as measure_fisher
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FISHER_FILE, FisherRecord, check_same_base, open_fisher
 from streammerge.heap import give_back
+from streammerge.hub.card import PLOT_FILE, Licence, coefficient_plot, model_card, stated_licence
+from streammerge.hub.commit import Pushed
+from streammerge.hub.publication import Publication
+from streammerge.hub.pull import HubMode
+from streammerge.hub.settings import PushSettings
 from streammerge.plan import MergePlan, plan
 from streammerge.recipe import Recipe
-from streammerge.report import manifest, model_card, resolved_recipe
+from streammerge.report import manifest, resolved_recipe
+from streammerge.schema import build
 
 
 def merge(
     recipe: Recipe | Mapping[str, Any],
-    out: str | Path,
+    out: str | Path | None = None,
     *,
+    push_to_hub: str | PushSettings | Mapping[str, Any] | None = None,
     max_ram: int = DEFAULT_MAX_RAM,
     threads: int | None = None,
+    hub_mode: HubMode = "cache",
     device: str | None = None,
     max_vram: int | None = None,
     device_map: str = "auto",
@@ -46,11 +56,18 @@ def merge(
 
     Interrupted, the same call goes on behind the last finished tensor, or decoder block of the Fisher.
 
+    With `push_to_hub` each shard is uploaded while the next is merged, and at the end one commit makes all of the
+    model visible. Without `out` a shard goes from the disk once it is uploaded, so that at most two lie there; the
+    work folder is then in huggingface_hub's `HF_ASSETS_CACHE`, and goes with the commit.
+
     Args:
         recipe: what to merge; a mapping is read as one, with the keys of `Recipe`.
-        out: the output folder; new, empty, or left unfinished by the same call.
+        out: the output folder; new, empty, or left unfinished by the same call. May be left out with `push_to_hub`.
+        push_to_hub: the repository, org/name, or a mapping with the keys of `PushSettings`.
         max_ram: bytes for buffers and temporaries of the merge, on top of what importing torch takes.
         threads: workers; the processors by default, at most 8.
+        hub_mode: how models on the Hub are read: "cache" downloads their files into huggingface_hub's cache as they
+            are needed, "stream" reads byte ranges only and keeps nothing. The result is the same.
         device: where a Fisher pass runs: "cpu", "cuda", "cuda:1"; a GPU where there is one by default.
         max_vram, device_map, trust_remote_code: of a Fisher pass, see `fisher`.
         save_fisher: folder to keep a newly measured Fisher in, for other merges of the same base.
@@ -58,38 +75,43 @@ def merge(
         progress: show progress bars on standard error.
 
     Returns:
-        The manifest, as written to `streammerge.json`.
+        The manifest, as written to `streammerge.json`; with `push_to_hub` also "push": {"url", "commit",
+        "pull_request": refs/pr/N or None, "new": False where the very model was there already}.
 
     Raises:
         StreammergeError: see `streammerge.errors`. Bad input leaves nothing behind in `out`.
     """
-    from streammerge.engine import Engine  # imports torch
-
+    push = _publication(push_to_hub)
+    keep = out is not None
+    if out is None:
+        if push is None:
+            raise RecipeError("nowhere to put the result: give an output folder, or a repository to push it to")
+        out = push.folder()
     out = Path(out)
     with ExitStack() as stack:
         run = FisherRun(device, max_vram, device_map, trust_remote_code)
-        job = stack.enter_context(plan(recipe, max_ram=max_ram, threads=threads))
+        if push is not None:
+            stack.callback(push.tidy)
+            stack.callback(push.close)
+            push.check()
+        job = stack.enter_context(plan(recipe, max_ram=max_ram, threads=threads, hub_mode=hub_mode, progress=progress))
         if trust_remote_code:
             require_pinned(job.recipe.base)
         check_output(out, [model.folder for model in (job.base, *job.experts)], overwrite)
+        if push is not None:
+            push.check_weights(file_names(job.shards))
         sources = _sources(job)
-        for number, (_, record) in enumerate(job.fishers):
-            check_same_base(record, job.models[number], sources[number]["fingerprint"])
-        if save_fisher is not None:
-            _check_save_fisher(job, Path(save_fisher), out)
-        texts = text_digests(job.recipe.calibration)
-        identity = {"version": __version__, "recipe": resolved_recipe(job), "sources": sources, "texts": texts}
-        folders = [out / WORK_DIR / f"fisher-{number}" for number in range(len(job.of_fishers))]
-        if save_fisher is not None:
-            folders[0] = Path(save_fisher)
-        unmeasured = [] if job.fishers else [*zip(folders, job.of_fishers, strict=True)]
-        for folder, model in unmeasured:
-            if save_fisher is None or not _is_finished(folder):
-                check_fisher(model, job.recipe.fisher, run)
+        unmeasured = _check_fishers(job, out, save_fisher, sources, run)
         if job.method.calibration:
             check_calibration(job.models, job.recipe.calibration, run)
-        writer = stack.enter_context(CheckpointWriter(out, job.shards, identity, fresh=overwrite))
+        licences = [stated_licence(model) for model in job.models]
+        texts = text_digests(job.recipe.calibration)
+        identity = {"version": __version__, "recipe": resolved_recipe(job), "sources": sources, "texts": texts}
+        elsewhere = push.uploaded_before if push is not None else nothing_elsewhere
+        writer = stack.enter_context(CheckpointWriter(out, job.shards, identity, fresh=overwrite, elsewhere=elsewhere))
         try:
+            if push is not None:
+                stack.enter_context(push.begin(writer, keep=keep, progress=progress))
             for number, (folder, model) in enumerate(unmeasured):
                 if not _is_finished(folder):
                     _measure(job, model, folder, run, overwrite, progress)
@@ -106,16 +128,74 @@ def merge(
                 )
             if unmeasured or job.method.calibration:
                 give_back()  # the models that were walked
-            method, entries = Engine(job, writer, progress).run()
-            result = manifest(job, method, sources, entries, writer.finished)
-            files: dict[str, bytes | Path] = {name: job.base.folder / name for name in job.base.side_files()}
-            files |= {CARD_FILE: model_card(job, result).encode()}
-            result["files"] = sorted({*files, MANIFEST_FILE, *result["files"]})
-            writer.publish(files | {MANIFEST_FILE: _as_json(result)})
+            result, files, pushed = _write(job, writer, sources, licences, push, progress)
+            if keep:
+                writer.publish(files)
+            else:
+                writer.discard()
         except (CheckpointError, RecipeError):
             writer.discard()  # the input is at fault, running again would not help
             raise
-    return result
+    return result if pushed is None else {**result, "push": asdict(pushed)}
+
+
+def _write(
+    job: MergePlan,
+    writer: CheckpointWriter,
+    sources: list[dict[str, Any]],
+    licences: list[Licence],
+    push: Publication | None,
+    progress: bool,
+) -> tuple[dict[str, Any], dict[str, bytes | Path], Pushed | None]:
+    """Merge all tensors and, with a push, commit them; the manifest, all files beside shards and index, the commit."""
+    from streammerge.engine import Engine  # imports torch
+
+    while True:
+        method, entries = Engine(job, writer, progress, push.room if push is not None else None).run()
+        result = manifest(job, method, sources, entries, writer.finished)
+        files = _other_files(job, result, licences)
+        if push is None:
+            return result, files, None
+        pushed = push.commit({**files, **index_files(job.shards)}, f"Upload a merge by {job.recipe.method}")
+        if pushed is not None:
+            return result, files, pushed
+
+
+def _other_files(job: MergePlan, result: dict[str, Any], licences: list[Licence]) -> dict[str, bytes | Path]:
+    """Everything beside shards and index; completes the manifest with all names."""
+    files: dict[str, bytes | Path] = {name: job.base.files.path(name) for name in job.base.side_files()}
+    if (plot := coefficient_plot(result)) is not None:
+        files[PLOT_FILE] = plot
+    result["files"] = sorted({*files, CARD_FILE, MANIFEST_FILE, *result["files"]})
+    return {**files, CARD_FILE: model_card(job, result, licences).encode(), MANIFEST_FILE: _as_json(result)}
+
+
+def _check_fishers(
+    job: MergePlan, out: Path, save_fisher: str | Path | None, sources: list[dict[str, Any]], run: FisherRun
+) -> list[tuple[Path, Checkpoint]]:
+    """The Fishers still to be measured, or that an earlier run has measured: folder and model of each."""
+    for number, (_, record) in enumerate(job.fishers):
+        check_same_base(record, job.models[number], sources[number]["fingerprint"])
+    if save_fisher is not None:
+        _check_save_fisher(job, Path(save_fisher), out)
+    folders = [out / WORK_DIR / f"fisher-{number}" for number in range(len(job.of_fishers))]
+    if save_fisher is not None:
+        folders[0] = Path(save_fisher)
+    unmeasured = [] if job.fishers else [*zip(folders, job.of_fishers, strict=True)]
+    for folder, model in unmeasured:
+        if save_fisher is None or not _is_finished(folder):
+            check_fisher(model, job.recipe.fisher, run)
+    return unmeasured
+
+
+def _publication(push_to_hub: str | PushSettings | Mapping[str, Any] | None) -> Publication | None:
+    if push_to_hub is None:
+        return None
+    if isinstance(push_to_hub, str):
+        push_to_hub = {"repository": push_to_hub}
+    if not isinstance(push_to_hub, PushSettings):
+        push_to_hub = build(PushSettings, push_to_hub, "push")
+    return Publication(push_to_hub)
 
 
 def _check_save_fisher(job: MergePlan, folder: Path, out: Path) -> None:

@@ -19,11 +19,13 @@ from pydantic_core import PydanticUndefined
 from streammerge.calibration.store import CalibrationSettings
 from streammerge.diagnose.settings import DiagnoseSettings
 from streammerge.fisher.store import FisherSettings
+from streammerge.hub.settings import PushSettings
 from streammerge.methods import METHODS
 from streammerge.recipe import DEFAULT_METHOD, Recipe
 
 MODELS, METHOD, RESOURCES = "Models", "Parameters of the methods", "Resources"
 FISHER, CALIBRATION, DIAGNOSIS = "Fisher", "Calibration text", "Diagnosis"
+HUB = "Push to the Hub"
 
 
 def _described(model: type[BaseModel], key: str) -> str:
@@ -40,6 +42,16 @@ HubBase = Annotated[str | None, typer.Option(help="Base model, always from the H
 HubFt = Annotated[
     list[str] | None, typer.Option(help="Fine-tuned model, always from the Hub. Repeat.", rich_help_panel=MODELS)
 ]
+Hub = Annotated[
+    Any,  # a HubMode
+    typer.Option(
+        "--hub-mode",
+        metavar="cache|stream",
+        help="Models on the Hub: download files into the Hub's cache as they are needed, or read byte ranges only and "
+        "keep nothing.",
+        rich_help_panel=MODELS,
+    ),
+]
 MethodName = Annotated[
     str | None, typer.Option("--method", "-m", help=f"Merge method: {', '.join(METHODS)}. (default: {DEFAULT_METHOD})")
 ]
@@ -54,6 +66,15 @@ Against = Annotated[
 Plot = Annotated[
     Path | None, typer.Option(help="Draw the blocks into this file: .png, .pdf or .svg; needs matplotlib.")
 ]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Push the result: {PushSettings.model_fields['repository'].description}.",
+        metavar="ORG/NAME",
+        rich_help_panel=HUB,
+    ),
+]
+Repository = Annotated[str, typer.Argument(help=_described(PushSettings, "repository"))]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Output folder: new, empty, or left unfinished.")]
 FisherFrom = Annotated[
     list[str] | None,
@@ -162,14 +183,32 @@ def diagnose_settings(options: dict[str, Any]) -> dict[str, Any]:
     return {key: options[key] for key in DiagnoseSettings.model_fields if options.get(key)}
 
 
+def push_options() -> Iterator[inspect.Parameter]:
+    """An option for each setting of a push but the repository."""
+    for key, field in PushSettings.model_fields.items():
+        if key == "private":
+            option = typer.Option("--private/--no-private", help=_described(PushSettings, key), rich_help_panel=HUB)
+            kind = inspect.Parameter.KEYWORD_ONLY
+            yield inspect.Parameter(key, kind, default=None, annotation=Annotated[bool | None, option])
+        elif key != "repository":
+            yield _setting_option(key, field, HUB)
+
+
+def push_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given: only `private` says something when it is False."""
+    given = {key: options.get(key) for key in PushSettings.model_fields}
+    return {key: value for key, value in given.items() if value or (key == "private" and value is not None)}
+
+
 def _setting_option(name: str, field: FieldInfo, panel: str, aliases: Sequence[str] = ()) -> inspect.Parameter:
     """The option of one field of a settings schema: a flag, a value, or for a list a value that may be repeated."""
-    default = "" if field.default in (None, False, PydanticUndefined) else f" (default: {field.default})"
+    default = "" if field.default in (None, False, [], PydanticUndefined) else f" (default: {field.default})"
     text = f"{(field.description or '')[:1].upper()}{(field.description or '')[1:]}{default}."
     option = typer.Option(*(f"--{n.replace('_', '-')}" for n in (*aliases, name)), help=text, rich_help_panel=panel)
     if field.annotation is bool:
         kind: Any = Annotated[bool, option]
     else:
-        kind = Annotated[list[str] | None if field.default is PydanticUndefined else str | None, option]
+        several = field.default is PydanticUndefined or field.default == []
+        kind = Annotated[list[str] | None if several else str | None, option]
     unset = False if field.annotation is bool else None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=unset, annotation=kind)

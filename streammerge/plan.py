@@ -21,6 +21,7 @@ from streammerge.fisher import place
 from streammerge.fisher.placement import IMPORT_BYTES as WITH_TRANSFORMERS
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import STORED_AS, FisherRecord, FisherSettings, open_fisher
+from streammerge.hub.pull import HubMode
 from streammerge.methods.api import Method, TensorContext, Unit
 from streammerge.recipe import Recipe, Resolved, make_recipe, resolve_method
 
@@ -206,7 +207,12 @@ class MergePlan:
 
 
 def plan(
-    recipe: Recipe | Mapping[str, Any], *, max_ram: int = DEFAULT_MAX_RAM, threads: int | None = None
+    recipe: Recipe | Mapping[str, Any],
+    *,
+    max_ram: int = DEFAULT_MAX_RAM,
+    threads: int | None = None,
+    hub_mode: HubMode = "cache",
+    progress: bool = False,
 ) -> MergePlan:
     """Open every input's headers, check them against one another and lay out the output.
 
@@ -214,16 +220,18 @@ def plan(
         recipe: what to merge; a mapping is read as one.
         max_ram: bytes for buffers and temporaries, on top of what importing torch takes.
         threads: workers; the processors by default, at most 8.
+        hub_mode: how models on the Hub will be read; see `merge`. Planning fetches headers, index and config only.
+        progress: show the progress of later downloads on standard error.
 
     Raises:
         RecipeError, CheckpointError, IncompatibleCheckpointsError, MemoryBudgetError: see there.
     """
     recipe = make_recipe(recipe)
     with ExitStack() as stack:
-        base = stack.enter_context(open_model(recipe.base))
+        base = stack.enter_context(open_model(recipe.base, hub_mode, progress))
         refuse_quantised(base)
         resolved = resolve_method(recipe, sum(info.numel for info in base.tensors.values()))
-        experts = [stack.enter_context(open_model(spec.model)) for spec in recipe.models]
+        experts = [stack.enter_context(open_model(spec.model, hub_mode, progress)) for spec in recipe.models]
         for expert in experts:
             refuse_quantised(expert)
         matches = match_experts(base, experts)

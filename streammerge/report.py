@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from streammerge._version import __version__
 from streammerge.checkpoints.layout import file_names
 from streammerge.fisher.store import FisherRecord
@@ -172,45 +170,6 @@ def _with_parameters(model: Mapping[str, Any]) -> str:
 
 def _pairs(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in values.items()) or "no parameters"
-
-
-def model_card(plan: MergePlan, result: Mapping[str, Any]) -> str:
-    """The output's README.md: Hub metadata, the recipe, how to run it again, the per-block table."""
-    hub_ids = [source["id"] for source in result["sources"] if source["revision"] and source["role"] != "fisher"]
-    metadata: dict[str, Any] = {"library_name": "transformers", "tags": ["merge", "streammerge"]}
-    if hub_ids:
-        metadata = {"base_model": hub_ids, "base_model_relation": "merge", **metadata}
-    names = [plan.base.id, *(expert.id for expert in plan.experts)]
-    recipe = yaml.safe_dump(result["recipe"], sort_keys=False, allow_unicode=True)
-    sections = [
-        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
-        f"# Merge of {' and '.join(_code(name) for name in names[1:])} into {_code(names[0])}",
-        f"Made with streammerge {__version__}, method `{plan.recipe.method}` ({plan.method.summary}; "
-        f"{plan.method.reference}).",
-        "| role | model | revision |\n|---|---|---|\n"
-        + "\n".join(
-            f"| {source['role']} | {_code(source['id'])} | {source['revision'] or '-'} |"
-            for source in result["sources"]
-        ),
-        "## Recipe\n\nSave as `recipe.yaml` and run `streammerge merge recipe.yaml --out merged`:\n\n"
-        f"```yaml\n{recipe}```",
-    ]
-    if result["notes"]:
-        sections.append("## Notes\n\n" + "\n".join(f"- {_plain(note)}" for note in result["notes"]))
-    if result["blocks"]:
-        header, rows = block_rows(result)
-        lines = [" | ".join(map(str, row)) for row in (header, ["---"] * len(header), *rows)]
-        sections.append("## Blocks\n\n" + "\n".join(f"| {_plain(line, keep='|')} |" for line in lines))
-    return "\n\n".join(sections) + "\n"
-
-
-def _code(text: str) -> str:
-    return f"`{_plain(text)}`"
-
-
-def _plain(text: str, keep: str = "") -> str:
-    """Text that cannot break out of a Markdown line or cell."""
-    return "".join(c for c in text if c.isprintable() and (c not in "`<>|" or c in keep))
 
 
 def _number(value: float | None, form: str) -> str:

@@ -33,7 +33,7 @@ def verify(folder: str | Path, *, progress: bool = False) -> dict[str, Any]:
         CheckpointError: there is no manifest to compare with.
     """
     folder = Path(folder)
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     problems = [f"file {name} is missing" for name in manifest.files if not (folder / name).is_file()]
     problems += _check_hashes(folder, manifest.shards, progress)
     nonfinite: list[str] = []
@@ -68,6 +68,7 @@ class _Shard(_Part):
 
 class _Recipe(_Part):
     allow_nonfinite: bool
+    method: str
 
 
 def _inside(name: str) -> str:
@@ -80,19 +81,19 @@ def _inside(name: str) -> str:
 FileName = Annotated[str, AfterValidator(_inside)]
 
 
-class _Manifest(_Part):
+class Manifest(_Part):
     recipe: _Recipe
     tensors: dict[str, _Tensor] = Field(min_length=1)
     shards: dict[FileName, _Shard] = Field(min_length=1)
     files: list[FileName]
 
 
-def _read_manifest(folder: Path) -> _Manifest:
+def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name the system cannot hold
         raise CheckpointError(f"{folder}: there is no {MANIFEST_FILE}, so this is no finished merge of streammerge")
     try:
-        return _Manifest.model_validate(json.loads(path.read_text("utf-8")))
+        return Manifest.model_validate(json.loads(path.read_text("utf-8")))
     except (ValueError, RecursionError):
         raise CheckpointError(f"{folder}, file {MANIFEST_FILE}: damaged: not a manifest of streammerge") from None
 
@@ -122,7 +123,7 @@ def _check_hashes(folder: Path, shards: Mapping[str, _Shard], progress: bool) ->
     return problems
 
 
-def _check_headers(checkpoint: Checkpoint, manifest: _Manifest) -> list[str]:
+def _check_headers(checkpoint: Checkpoint, manifest: Manifest) -> list[str]:
     files = {info.file for info in checkpoint.tensors.values()}
     problems = [f"file {file} is not among the manifest's shards" for file in sorted(files - manifest.shards.keys())]
     for name in sorted({*manifest.tensors, *checkpoint.tensors}):

@@ -38,7 +38,7 @@ class Processes:
     """
 
     def __init__(self, base: Path, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         command = [sys.executable, __file__, str(base), str(folder / "warm")]
         self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -59,7 +59,7 @@ class Processes:
             threads: workers of a Fisher pass.
         """
         assert self._server.stdin is not None and self._server.stdout is not None
-        log, err = self._folder / "log", self._folder / "err"
+        log, err = self.folder / "log", self.folder / "err"
         job = {"arguments": [str(a) for a in arguments], "at": at, "signal": signal, "log": str(log), "err": str(err)}
         print(json.dumps(job | {"sync": sync_seconds, "threads": threads}), file=self._server.stdin, flush=True)
         status = int(self._server.stdout.readline())
@@ -141,6 +141,9 @@ def _watch(steps: _Steps) -> None:
     from streammerge.fisher.measure import _FisherSink
     from streammerge.fisher.state import WalkState
     from streammerge.fisher.walk import Walk
+    from streammerge.hub.commit import Commit
+    from streammerge.hub.ledger import Ledger
+    from streammerge.hub.target import HubTarget
 
     watched: list[tuple[Any, str, Callable[..., str]]] = [
         (BlockFeed, "_read", lambda self, index, raw: f"read {index}"),
@@ -154,6 +157,11 @@ def _watch(steps: _Steps) -> None:
         (_FisherSink, "done", lambda self, name, reached=True: f"done {name}"),
         (_FisherSink, "sync", lambda self: "sync"),
         (CheckpointWriter, "publish", lambda self, files: "publish"),
+        (HubTarget, "prepare", lambda self: "prepare"),
+        (HubTarget, "upload", lambda self, name, file: f"upload {name}"),
+        (Ledger, "add", lambda self, file, size, sha256: f"record {file}"),
+        (Path, "unlink", lambda self, missing_ok=False: f"unlink {self.name}"),
+        (Commit, "_ask", lambda self: "commit"),
         (WorkFolder, "remove", lambda self: "remove"),
         (os, "replace", lambda source, target: f"replace {Path(target).name}"),
         (os, "fsync", lambda fd: "fsync"),

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from loopback_hub import Hub
 from tiny_models import MATRIX, Models, Result, Run, content, put, tensors
+
+from streammerge.testing import Hub
 
 TOKEN = "hf_markerMarkerMarkerMarkerMarker12"
 Merge = Callable[..., Result]
@@ -135,7 +136,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], list[str]]] = {
     ),
     "only pickled weights": (
         ("--base", "org/base", "--ft", "org/pickled"),
-        ["org/pickled: the repository holds no safetensors files", "convert them"],
+        ["org/pickled: only pickled weights (pytorch_model.bin)", "from_pretrained('org/pickled'"],
     ),
 }
 

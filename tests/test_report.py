@@ -1,16 +1,14 @@
 """Tables, plan text, manifest and model card."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from tiny_models import MATRIX, Models
+from tiny_models import Models
 
 import streammerge
 from streammerge.fisher.store import BlockFisher, FisherRecord
-from streammerge.report import block_rows, fisher_rows, manifest, model_card, plan_text, resolved_recipe, table
+from streammerge.report import block_rows, fisher_rows, manifest, plan_text, resolved_recipe, table
 
 
 def test_table() -> None:
@@ -132,32 +130,6 @@ def test_a_resolved_recipe_is_a_recipe(saved_models: Models) -> None:
 
 
 SHARDS = {"model.safetensors": {"bytes": 1, "sha256": "0", "tensors": {}}}
-
-
-def card(models: Models, source: dict[str, Any], notes: list[str] = []) -> str:  # noqa: B006
-    with streammerge.plan({"base": str(models.base), "models": [str(models.ft)], "method": "ties"}) as job:
-        job.notes += notes
-        result = manifest(job, job.method, [source], {MATRIX: {"numel": 1}}, SHARDS)
-        return model_card(job, result)
-
-
-def test_the_card_lists_hub_models_only(saved_models: Models) -> None:
-    hub = card(saved_models, {"role": "base", "id": "org/base", "revision": "c0ffee"})
-    local = card(saved_models, {"role": "base", "id": "folder", "revision": None})
-    fisher = card(saved_models, {"role": "fisher", "id": "org/fisher", "revision": "c0ffee"})
-    metadata = [yaml.safe_load(text.split("---\n")[1]) for text in (hub, local, fisher)]
-    assert metadata[0]["base_model"] == ["org/base"]
-    assert all("base_model" not in values and "base_model_relation" not in values for values in metadata[1:])
-    assert "| base | `org/base` | c0ffee |" in hub
-    assert "| base | `folder` | - |" in local
-
-
-def test_names_cannot_break_out_of_the_card(saved_models: Models, tmp_path: Path) -> None:
-    evil = "x`|<script>\n---\nbase_model: evil\n# gotcha"
-    text = card(saved_models, {"role": "base", "id": evil, "revision": "c0ffee"}, [f"note of {evil}"])
-    front, body = text.removeprefix("---\n").split("\n---\n", 1)
-    assert yaml.safe_load(front)["base_model"] == [evil]
-    assert "<script>" not in body and "\n# gotcha" not in body
 
 
 def test_one_shard_has_no_index_among_the_files(saved_models: Models) -> None:

@@ -1,18 +1,19 @@
-"""A checkpoint folder: its tensors by name, its config, its other files. Knows nothing of merging."""
+"""A checkpoint: its tensors by name, its config, its other files. Knows nothing of merging."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Self
 
-from streammerge.checkpoints.header import DTYPES, TensorInfo, header_length, parse_header, unique_keys
-from streammerge.checkpoints.source import LocalFile, Source
-from streammerge.errors import CheckpointError, HeaderError, MissingTensorError, TransferError
+from streammerge.checkpoints.files import Files, LocalFolder
+from streammerge.checkpoints.header import DTYPES, TensorInfo, parse_header, unique_keys
+from streammerge.checkpoints.source import Part, Source
+from streammerge.errors import CheckpointError, HeaderError, MissingTensorError
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -26,7 +27,7 @@ _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot"),
     *(".tflite", ".mlmodel", ".index.json"),
 )
-_MAX_CONFIG_BYTES = 100_000_000
+_ENTRY_BYTES = 100  # of a header, for one tensor, besides its name
 _PART = re.compile(r"-\d+-of-(?!0*1\.)\d+\.safetensors$")  # one of several: alone it is not a model
 
 
@@ -41,13 +42,13 @@ def torch_dtype(name: str) -> dtype:
 
 
 class Checkpoint:
-    """Names, shapes, config and side files of a model folder; reads any byte range of any tensor.
+    """Names, shapes, config and side files of a model; reads any byte range of any tensor.
 
     Opening reads headers, index and config only, and validates them. Use as a context manager, or call
     `close`. Safe to read from several threads.
 
     Attributes:
-        folder: where the files lie.
+        files: the files it is made of, in a folder or on the Hub.
         id: how the user named the model: a path, or a Hub repository id.
         revision: the commit on the Hub, or None.
         config: the parsed `config.json` ({} where the folder has none).
@@ -56,14 +57,14 @@ class Checkpoint:
 
     def __init__(
         self,
-        folder: Path,
+        files: Files,
         id: str,
         revision: str | None,
         config: Mapping[str, Any],
         tensors: Mapping[str, TensorInfo],
         sources: Mapping[str, Source],
     ) -> None:
-        self.folder = folder
+        self.files = files
         self.id = id
         self.revision = revision
         self.config = config
@@ -87,30 +88,36 @@ class Checkpoint:
             HeaderError: a malformed index or header, or an index and headers that disagree.
         """
         folder = Path(folder)
-        id = id or str(folder)
-        if not folder.is_dir():
-            raise CheckpointError(f"model {id}: there is no folder {folder}")
-        files, weight_map = _find_weights(folder, id)
-        sources: dict[str, Source] = {}
+        return cls.of(LocalFolder(folder, id or str(folder)), revision=revision, need_config=need_config)
+
+    @classmethod
+    def of(cls, files: Files, *, revision: str | None = None, need_config: bool = True) -> Self:
+        """Open the model that some files make up; see `open`."""
+        id = files.id
+        names, weight_map = _find_weights(files)
+        sources = files.open(_guess_headers(names, weight_map))
         try:
             tensors: dict[str, TensorInfo] = {}
-            for file in files:
-                where = f"model {id}, file {file}"
-                sources[file] = source = LocalFile(folder / file, where)
-                for name, info in _read_header(source, file).items():
+            for file, source in sources.items():
+                for name, info in parse_header(source.header(), source.size, file, source.where).items():
                     if name in tensors:
-                        raise HeaderError(f"{where}: tensor {name!r} is also in file {tensors[name].file}")
+                        raise HeaderError(f"{source.where}: tensor {name!r} is also in file {tensors[name].file}")
                     tensors[name] = info
             if not tensors:
                 raise CheckpointError(f"model {id}: its safetensors files hold no tensor")
             if weight_map is not None:
                 _check_index(weight_map, tensors, id)
-            config = _read_json(folder / "config.json", f"model {id}, file config.json", required=need_config)
+            config = _read_json(files, "config.json", required=need_config)
         except BaseException:
             for opened in sources.values():
                 opened.close()
             raise
-        return cls(folder, id, revision, config, tensors, sources)
+        return cls(files, id, revision, config, tensors, sources)
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder the model lies in; None for one on the Hub, whatever of it is on this machine."""
+        return self.files.folder
 
     def info(self, name: str) -> TensorInfo:
         """The tensor's entry; raises MissingTensorError."""
@@ -125,9 +132,28 @@ class Checkpoint:
             raise ValueError(f"bytes {start}..{start + len(buffer)} of {info.name!r}, which has {info.nbytes}")
         self._sources[info.file].read_into(buffer, info.start + start)
 
+    def read_many(self, parts: Iterable[tuple[TensorInfo, int, memoryview]]) -> None:
+        """`read_into` for several (tensor, start, buffer), what is adjacent in a file in one go."""
+        by_file: dict[str, list[Part]] = {}
+        for info, start, buffer in parts:
+            if start < 0 or start + len(buffer) > info.nbytes:
+                raise ValueError(f"bytes {start}..{start + len(buffer)} of {info.name!r}, which has {info.nbytes}")
+            by_file.setdefault(info.file, []).append((info.start + start, buffer))
+        for file, of_file in by_file.items():
+            self._sources[file].read_many(of_file)
+
     def will_need(self, info: TensorInfo) -> None:
         """All of the tensor will be read soon."""
         self._sources[info.file].will_need(info.start, info.nbytes)
+
+    def is_streamed(self, info: TensorInfo) -> bool:
+        """Whether the tensor's bytes travel over the network every time they are read."""
+        return self._sources[info.file].streamed
+
+    @property
+    def missing_bytes(self) -> int:
+        """What will have to be downloaded into the Hub's cache before all tensors can be read."""
+        return sum(source.missing for source in self._sources.values())
 
     def tensor(self, name: str) -> Tensor:
         """Read one whole tensor into new memory, in its own dtype."""
@@ -144,16 +170,32 @@ class Checkpoint:
         Does not depend on how the tensors are cut into shards. It tells a base model from its fine-tune
         at the cost of a few thousand small reads; it is no proof against an adversary.
         """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        samples = {name: bytearray(min(64, info.nbytes) * 3) for name, info in self.tensors.items()}
+        by_file: dict[str, list[Part]] = {}
+        for name, info in self.tensors.items():
+            view = memoryview(samples[name])
+            for place, offset in enumerate(_sample_places(info)):
+                size = min(64, info.nbytes)
+                by_file.setdefault(info.file, []).append((offset, view[place * size : (place + 1) * size]))
+        for file, parts in by_file.items():
+            self._sources[file].sample(parts)
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             info = self.tensors[name]
             digest.update(json.dumps([name, info.dtype, info.shape]).encode())
-            size = min(64, info.nbytes)
-            buffer = bytearray(size)
-            for start in (0, (info.nbytes - size) // 2, info.nbytes - size):
-                self.read_into(info, start, memoryview(buffer))
-                digest.update(buffer)
+            digest.update(samples[name])
         return digest.hexdigest()
+
+    def fingerprint_bytes(self) -> int:
+        """How many bytes travel for the fingerprint."""
+        by_file: dict[str, list[tuple[int, int]]] = {}
+        for info in self.tensors.values():
+            by_file.setdefault(info.file, []).extend((at, min(64, info.nbytes)) for at in _sample_places(info))
+        return sum(self._sources[file].sample_bytes(parts) for file, parts in by_file.items())
 
     def side_files(self) -> Iterator[str]:
         """Every non-weight file a merged model takes over verbatim, as sorted relative names.
@@ -161,16 +203,15 @@ class Checkpoint:
         Left out: weights and their indexes, hidden files, the model card and the manifest of an earlier
         merge (the output gets its own).
         """
-        for path in sorted(self.folder.rglob("*")):
-            name = path.relative_to(self.folder)
-            hidden = any(part.startswith(".") for part in name.parts)
-            ours = str(name) in (CARD_FILE, MANIFEST_FILE)
-            if not hidden and not ours and not path.name.endswith(_WEIGHT_SUFFIXES) and path.is_file():
-                yield name.as_posix()
+        for name in self.files.names():
+            hidden = any(part.startswith(".") for part in name.split("/"))
+            if not hidden and name not in (CARD_FILE, MANIFEST_FILE) and not name.endswith(_WEIGHT_SUFFIXES):
+                yield name
 
     def close(self) -> None:
         for source in self._sources.values():
             source.close()
+        self.files.close()
 
     def __enter__(self) -> Self:
         return self
@@ -217,38 +258,58 @@ def block_index(name: str, prefix: str | None) -> int | None:
     return int(match[2]) if match and match[1] == prefix else None
 
 
-def _find_weights(folder: Path, id: str) -> tuple[list[str], dict[str, str] | None]:
+def _find_weights(files: Files) -> tuple[list[str], dict[str, str] | None]:
     """The safetensors files to read and, where there is an index, its weight map."""
-    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
-    if index.exists():
-        weight_map = _read_weight_map(index, f"model {id}, file {INDEX_FILE}")
-        files = sorted(set(weight_map.values()))
-        if single.exists() and SINGLE_FILE not in files:
+    id, top = files.id, files.top()
+    if INDEX_FILE in top:
+        weight_map = _read_weight_map(files)
+        names = sorted(set(weight_map.values()))
+        if SINGLE_FILE in top and SINGLE_FILE not in names:
             raise HeaderError(f"model {id}: both {SINGLE_FILE} and an index of other files: delete the one left over")
-        for file in files:
-            if not os.path.isfile(folder / file):  # unlike Path.is_file, False for a name the system cannot hold
-                raise HeaderError(f"model {id}, file {INDEX_FILE}: names {file}, which is missing")
-        return files, weight_map
-    if single.exists():
+        for name in names:
+            if not files.has(name):
+                raise HeaderError(f"model {id}, file {INDEX_FILE}: names {name}, which is missing")
+        return names, weight_map
+    if SINGLE_FILE in top:
         return [SINGLE_FILE], None
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    found = [name for name in top if name.endswith(".safetensors")]
     if len(found) == 1 and not _PART.search(found[0]):
         return found, None
     if found:
         raise CheckpointError(
             f"model {id}: no {INDEX_FILE} beside {found[0]} ({len(found)} safetensors files): is a download incomplete?"
         )
-    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    pickled = [name for name in top if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickled:
         raise CheckpointError(
             f"model {id}: only pickled weights ({pickled[0]}), which streammerge never loads; convert them with "
-            "transformers: AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER)"
+            f"transformers: AutoModelForCausalLM.from_pretrained({_quoted(files)}, dtype='auto')"
+            ".save_pretrained(NEW_FOLDER)"
         )
-    raise CheckpointError(f"model {id}: no safetensors file in {folder}")
+    raise CheckpointError(f"model {id}: no safetensors file in {files.folder or 'the repository'}")
 
 
-def _read_weight_map(path: Path, where: str) -> dict[str, str]:
-    weight_map = _read_json(path, where).get("weight_map")
+def _quoted(files: Files) -> str:
+    return "FOLDER" if files.folder else repr(files.id)
+
+
+def _guess_headers(names: Iterable[str], weight_map: Mapping[str, str] | None) -> dict[str, int]:
+    """About how many bytes of each file are its header, from the names of the tensors in it; 0: not known."""
+    guesses = dict.fromkeys(names, 0)
+    for tensor, file in (weight_map or {}).items():
+        guesses[file] += len(tensor.encode()) + _ENTRY_BYTES
+    return guesses
+
+
+def _sample_places(info: TensorInfo) -> tuple[int, int, int]:
+    """Where in the file the samples of a fingerprint begin: at the tensor's start, middle and end."""
+    size = min(64, info.nbytes)
+    return info.start, info.start + (info.nbytes - size) // 2, info.stop - size
+
+
+def _read_weight_map(files: Files) -> dict[str, str]:
+    where = files.where(INDEX_FILE)
+    weight_map = _read_json(files, INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeaderError(f"{where}: it has no weight_map")
     for name, file in weight_map.items():
@@ -271,25 +332,14 @@ def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo
             )
 
 
-def _read_header(source: Source, file: str) -> dict[str, TensorInfo]:
-    prefix = bytearray(min(8, source.size))
-    source.read_into(memoryview(prefix), 0)
-    raw = bytearray(header_length(bytes(prefix), source.size, source.where))
-    source.read_into(memoryview(raw), 8)
-    return parse_header(bytes(raw), source.size, file, source.where)
-
-
-def _read_json(path: Path, where: str, required: bool = True) -> dict[str, Any]:
-    if not path.is_file():
+def _read_json(files: Files, name: str, required: bool = True) -> dict[str, Any]:
+    where = files.where(name)
+    if not files.has(name):
         if not required:
             return {}
         raise CheckpointError(f"{where}: missing: is this a model folder?")
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise HeaderError(f"{where}: larger than {_MAX_CONFIG_BYTES} bytes")
     try:
-        value = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_keys(where))
-    except OSError as error:
-        raise TransferError(f"{where}: cannot be read: {error.strerror}") from error
+        value = json.loads(files.text(name).decode("utf-8"), object_pairs_hook=unique_keys(where))
     except (ValueError, RecursionError) as error:
         raise HeaderError(f"{where}: not valid JSON ({str(error)[:100]})") from None
     if not isinstance(value, dict):

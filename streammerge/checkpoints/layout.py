@@ -1,5 +1,6 @@
 """The layout of a checkpoint to be written: which tensor lies where in which shard, from headers alone."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -52,3 +53,13 @@ def _lay_out(file: str, tensors: list[TensorInfo]) -> Shard:
 def file_names(shards: Sequence[Shard]) -> list[str]:
     """The weight files of a checkpoint of these shards, the index included where there is one."""
     return [*(shard.file for shard in shards), *([INDEX_FILE] if len(shards) > 1 else [])]
+
+
+def index_files(shards: Sequence[Shard]) -> dict[str, bytes]:
+    """The index with its content, which says what tensor lies in which shard; none for a single one."""
+    if len(shards) == 1:
+        return {}
+    weight_map = {info.name: shard.file for shard in shards for info in shard.tensors}
+    total = sum(info.nbytes for shard in shards for info in shard.tensors)
+    value = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return {INDEX_FILE: json.dumps(value, indent=2).encode() + b"\n"}

@@ -11,18 +11,18 @@ from streammerge.errors import OutputExistsError, TransferError
 WORK_DIR = ".streammerge"
 
 
-def check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifest: str = MANIFEST_FILE) -> None:
+def check_output(folder: Path, inputs: Iterable[Path | None], overwrite: bool, manifest: str = MANIFEST_FILE) -> None:
     """Refuse an output folder that is an input, lies in one, or holds something else than an unfinished run of ours.
 
     With `overwrite`, a finished checkpoint of ours (one with `manifest`) is fine too, as long as it holds nothing
-    we did not write.
+    we did not write. An input of None lies in no folder.
 
     Raises:
         OutputExistsError: naming what is in the way and what to do.
         TransferError: the folder cannot be looked into.
     """
     with transfer_errors(folder, "cannot be an output folder"):
-        _check_output(folder, inputs, overwrite, manifest)
+        _check_output(folder, [path for path in inputs if path is not None], overwrite, manifest)
 
 
 def _check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifest: str) -> None:

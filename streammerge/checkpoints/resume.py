@@ -33,14 +33,21 @@ class Leftover:
     redo: list[str] = field(default_factory=list)
 
 
-def find_leftover(lines: Iterable[Entry], shards: Sequence[Shard], work: Path, folder: Path) -> Leftover:
-    """Read a journal's lines. Finished shards may be in `folder` already, unfinished ones are in `work`."""
+def find_leftover(
+    lines: Iterable[Entry], shards: Sequence[Shard], work: Path, folder: Path, elsewhere: Mapping[str, str]
+) -> Leftover:
+    """Read a journal's lines. Finished shards may be in `folder` already, unfinished ones are in `work`.
+
+    Args:
+        elsewhere: file -> SHA-256 of the shards that somebody else keeps: they are done with or without a file here.
+    """
     finished, complete = _replay(lines, shards)
     left = Leftover()
     for shard in shards:
         file = shard.file
         if file in finished:
-            if _is_intact(finished[file], shard, (work / file, folder / file)):
+            kept = elsewhere.get(file) == finished[file]["sha256"]
+            if kept or _is_intact(finished[file], shard, (work / file, folder / file)):
                 left.finished[file] = finished[file]
             else:
                 left.redo.append(file)

@@ -2,28 +2,81 @@
 
 import os
 import stat
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
+from streammerge.checkpoints.header import header_length
 from streammerge.errors import CheckpointError, TransferError
 
+Part = tuple[int, memoryview]  # an offset, and the buffer to fill from there on
 
-class Source(Protocol):
-    """Anything that can fill a buffer from a byte offset."""
+SAMPLE_GAP = 4096  # samples closer to one another than this are fetched in one request
+
+
+class Source(ABC):
+    """Anything that can fill buffers from byte offsets, from any thread.
+
+    Attributes:
+        where: how to name it in messages.
+        size: of the whole file, in bytes.
+        streamed: whether what is read travels over the network every time.
+        missing: bytes that will have to be downloaded before the first read.
+    """
 
     where: str
     size: int
+    streamed: bool = False
+    missing: int = 0
 
+    @abstractmethod
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill all of `buffer` with the bytes from `offset` on; never less."""
 
-    def will_need(self, offset: int, count: int) -> None:
+    def read_many(self, parts: Sequence[Part]) -> None:
+        """Fill several buffers; what is adjacent in the file may be read together."""
+        for offset, buffer in parts:
+            self.read_into(buffer, offset)
+
+    def sample(self, parts: Sequence[Part]) -> None:
+        """Fill several small buffers, without fetching the whole file for it."""
+        self.read_many(parts)
+
+    def sample_bytes(self, parts: Iterable[tuple[int, int]]) -> int:
+        """How many bytes travel when (offset, count) parts are sampled."""
+        return 0
+
+    def header(self) -> bytes:
+        """The JSON header of a safetensors file, without the 8 bytes of its length.
+
+        Raises:
+            HeaderError: there is none.
+        """
+        prefix = bytearray(min(8, self.size))
+        self.read_into(memoryview(prefix), 0)
+        raw = bytearray(header_length(bytes(prefix), self.size, self.where))
+        self.read_into(memoryview(raw), 8)
+        return bytes(raw)
+
+    def will_need(self, offset: int, count: int) -> None:  # noqa: B027 - advice, to be ignored or not
         """These bytes will be read soon; nothing depends on it but time."""
 
+    @abstractmethod
     def close(self) -> None: ...
 
 
-class LocalFile:
+def coalesce(ranges: Iterable[tuple[int, int]], gap: int = 0) -> list[tuple[int, int]]:
+    """Sorted (start, stop) ranges, those that overlap or are at most `gap` bytes apart made one."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if joined and start <= joined[-1][1] + gap:
+            joined[-1] = (joined[-1][0], max(joined[-1][1], stop))
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+class LocalFile(Source):
     """A file on disk, read with `preadv` into the caller's buffer: no copy, no mapping, no shared position.
 
     Threads may read at once. Python's other threads run on while the kernel copies, which safetensors'

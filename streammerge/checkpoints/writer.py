@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from streammerge.checkpoints.checkpoint import INDEX_FILE, MANIFEST_FILE, SINGLE_FILE
 from streammerge.checkpoints.header import TensorInfo
-from streammerge.checkpoints.layout import Shard
+from streammerge.checkpoints.layout import Shard, index_files
 from streammerge.checkpoints.output import WORK_DIR, files_of_manifest, transfer_errors
 from streammerge.checkpoints.resume import find_leftover
 from streammerge.checkpoints.shard_file import ShardFile, fsync_folder
@@ -28,6 +28,12 @@ from streammerge.checkpoints.work import WorkFolder
 from streammerge.errors import OutputExistsError, TransferError
 
 SYNC_SECONDS = 2.0  # from one sync to the next: about as much work is lost when the power fails
+
+
+def nothing_elsewhere(work: Path) -> Mapping[str, str]:
+    """Every finished shard is in its folder."""
+    del work
+    return {}
 
 
 class CheckpointWriter:
@@ -39,11 +45,14 @@ class CheckpointWriter:
         identity: what the bytes depend on; a run left unfinished under another identity is refused.
         fresh: start anew instead of going on where an earlier run was.
         manifest: the file among those published that lists them all.
+        elsewhere: given the hidden folder, file -> SHA-256 of the finished shards that are kept safe somewhere else:
+            those are done even when their file is gone.
 
     Attributes:
         entries: tensor name -> entry of every complete tensor, of this run and earlier ones.
         finished: file -> {"bytes", "sha256", "tensors": {name: entry}} of every shard that is done.
         work: the hidden folder; removed by `publish` and `discard`.
+        on_finished: called with the file of a shard that is finished from now on, in the hashing thread.
 
     Raises:
         OutputExistsError: another process writes there, or the folder holds an unfinished run of another identity.
@@ -58,9 +67,11 @@ class CheckpointWriter:
         *,
         fresh: bool = False,
         manifest: str = MANIFEST_FILE,
+        elsewhere: Callable[[Path], Mapping[str, str]] = nothing_elsewhere,
     ) -> None:
         self.folder, self.shards = folder, shards
         self._manifest = manifest
+        self.on_finished: Callable[[str], None] = lambda file: None
         self.entries: dict[str, dict[str, Any]] = {}
         self.finished: dict[str, dict[str, Any]] = {}
         self._shard_of = {info.name: shard for shard in shards for info in shard.tensors}
@@ -80,7 +91,7 @@ class CheckpointWriter:
         try:
             layout = hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest()
             with transfer_errors(self.work, "resuming"):
-                self._resume(json.loads(json.dumps({**identity, "layout": layout})))
+                self._resume(json.loads(json.dumps({**identity, "layout": layout})), elsewhere(self.work))
         except BaseException:
             self._close()
             raise
@@ -110,10 +121,13 @@ class CheckpointWriter:
             self.entries[name] = plain
             self._unrecorded.add(name)
             file.complete.add(name)
-            for future in [future for future in self._hashing if future.done()]:
-                self._hashing.remove(future)
-                future.result()  # raises what went wrong while hashing, rather now than at the end
+            self._raise_failures()
             self._hashing.append(self._hasher.submit(self._advance, file))
+
+    def check(self) -> None:
+        """Raise what went wrong in the hashing thread so far."""
+        with self._lock:
+            self._raise_failures()
 
     def sync(self) -> None:
         """Make every complete tensor durable: no kill and no power failure costs it any more. Any thread."""
@@ -138,9 +152,8 @@ class CheckpointWriter:
         missing = [shard.file for shard in self.shards if shard.file not in self.finished]
         if missing:
             raise RuntimeError(f"{missing[0]} is not complete")  # a bug of ours, never the user's doing
-        staged = {name: self._stage(name, content) for name, content in files.items()}
-        if len(self.shards) > 1:
-            staged[INDEX_FILE] = self._stage(INDEX_FILE, self._index())
+        everything_else = {**files, **index_files(self.shards)}
+        staged = {name: self._stage(name, content) for name, content in everything_else.items()}
         shards = {s.file: self.work / s.file for s in self.shards if (self.work / s.file).exists()}
         last = (self._manifest, INDEX_FILE, SINGLE_FILE)
         everything = {**staged, **shards}
@@ -154,6 +167,18 @@ class CheckpointWriter:
             self._close_files()
             self._work.remove()
             self._close()
+
+    def on_disk(self) -> set[str]:
+        """The files of the shards that lie in the hidden folder, finished or not."""
+        return {shard.file for shard in self.shards if (self.work / shard.file).exists()}
+
+    def redo(self, file: str) -> None:
+        """A finished shard is lost: its tensors are to be written again."""
+        with self._record():
+            self._journal.append({"redo": file})
+            with self._lock:
+                for name in self.finished.pop(file)["tensors"]:
+                    del self.entries[name]
 
     def wait(self) -> None:
         """Wait for the hashing thread; raise what went wrong there."""
@@ -182,13 +207,13 @@ class CheckpointWriter:
         finally:
             self._close()
 
-    def _resume(self, identity: dict[str, Any]) -> None:
+    def _resume(self, identity: dict[str, Any], elsewhere: Mapping[str, str]) -> None:
         lines = self._journal.entries
         if not lines:
             self._journal.append({"identity": identity})
             return
         self._check_identity(lines[0].get("identity", {}), identity)
-        left = find_leftover(lines[1:], self.shards, self.work, self.folder)
+        left = find_leftover(lines[1:], self.shards, self.work, self.folder, elsewhere)
         for name in left.redo:
             self._journal.append({"redo": name})  # before the new file looks like the old one
         for line in left.finished.values():
@@ -207,6 +232,11 @@ class CheckpointWriter:
                 f"output folder {self.folder} holds an unfinished run that differs in {', '.join(keys)}: "
                 "repeat that command to finish it, choose another --out, or start anew with --overwrite"
             )
+
+    def _raise_failures(self) -> None:
+        for future in [future for future in self._hashing if future.done()]:
+            self._hashing.remove(future)
+            future.result()  # raises what went wrong while hashing, rather now than at the end
 
     def _finish(self, line: Mapping[str, Any]) -> None:
         self.finished[line["file"]] = {key: line[key] for key in ("bytes", "sha256", "tensors")}
@@ -241,6 +271,7 @@ class CheckpointWriter:
             self._forget(tensors)
             with self._lock:
                 os.close(self._files.pop(shard.file).fd)
+        self.on_finished(shard.file)
 
     @contextmanager
     def _record(self) -> Iterator[None]:
@@ -274,11 +305,6 @@ class CheckpointWriter:
                 target.flush()
                 os.fsync(target.fileno())
         return path
-
-    def _index(self) -> bytes:
-        total = sum(info.nbytes for info in self._info_of.values())
-        weight_map = {name: self._shard_of[name].file for name in sorted(self._shard_of)}
-        return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode() + b"\n"
 
     def _remove_previous(self) -> None:
         """Remove a finished checkpoint of ours, what makes it loadable first (`check_output` allowed it)."""

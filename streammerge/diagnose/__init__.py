@@ -11,6 +11,7 @@ from streammerge.checkpoints.locate import open_model, require_pinned
 from streammerge.compatibility import match_experts, refuse_quantised
 from streammerge.diagnose.settings import DiagnoseSettings
 from streammerge.fisher.placement import FisherRun
+from streammerge.hub.pull import HubMode
 from streammerge.schema import build
 
 
@@ -19,6 +20,7 @@ def diagnose(
     against: str | Sequence[str],
     settings: DiagnoseSettings | Mapping[str, Any] | None = None,
     *,
+    hub_mode: HubMode = "cache",
     device: str | None = None,
     trust_remote_code: bool = False,
     plot: str | Path | None = None,
@@ -50,6 +52,7 @@ def diagnose(
         model: folder, org/name[@revision] or hf://org/name[@revision].
         against: the models it was merged from, likewise; with `nonlinearity` its base.
         settings: tokens, dtype, what is measured; a mapping is read as `DiagnoseSettings`.
+        hub_mode: how models on the Hub are read: "cache" or "stream"; see `merge`.
         device: "cpu", "cuda", "cuda:1"; a GPU where there is one by default.
         trust_remote_code: run Python code that a model brings; a Hub model must then be pinned to a commit.
         plot: file for a figure, .png, .pdf or .svg; needs matplotlib.
@@ -94,7 +97,7 @@ def diagnose(
         for name in [*sources, model] if settings.nonlinearity else [model, *sources]:
             if trust_remote_code:
                 require_pinned(name)
-            opened.append(stack.enter_context(open_model(name)))
+            opened.append(stack.enter_context(open_model(name, hub_mode, progress)))
             refuse_quantised(opened[-1])
         base, *others = opened if settings.nonlinearity else [*opened[1:], opened[0]]
         match_experts(base, others, "these models cannot be compared with")

@@ -10,6 +10,7 @@ from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_
 from streammerge.checkpoints.locate import open_model, require_pinned
 from streammerge.fisher.placement import CUDA_BYTES, IMPORT_BYTES, FisherRun, default_device, fisher_memory
 from streammerge.fisher.store import FisherRecord, FisherSettings
+from streammerge.hub.pull import HubMode
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -19,6 +20,7 @@ def fisher(
     out: str | Path,
     settings: FisherSettings | None = None,
     *,
+    hub_mode: HubMode = "cache",
     device: str | None = None,
     max_vram: int | None = None,
     device_map: str = "auto",
@@ -38,6 +40,7 @@ def fisher(
         base: folder, org/name[@revision], hf://org/name[@revision], or an open checkpoint.
         out: the output folder.
         settings: samples, length, seed, text, dtypes.
+        hub_mode: how a model on the Hub is read: "cache" or "stream"; see `merge`.
         device: "cpu", "cuda", "cuda:1"; a GPU where there is one by default.
         max_vram: bytes to use on the GPU; 90% of what is free by default. With room, blocks stay there.
         device_map: "auto", or a JSON file {module name: device} that says which blocks stay on the device.
@@ -62,7 +65,7 @@ def fisher(
         if not isinstance(base, Checkpoint):
             if trust_remote_code:
                 require_pinned(base)
-            base = stack.enter_context(open_model(base))
+            base = stack.enter_context(open_model(base, hub_mode, progress))
         return measure(
             base, Path(out), settings, run, max_shard_bytes=max_shard_bytes, overwrite=overwrite, progress=progress
         )

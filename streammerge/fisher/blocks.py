@@ -284,8 +284,9 @@ def _build_empty(base: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) 
         raise CheckpointError(f"model {base.id}: an encoder-decoder: only decoders have this Fisher")
     if trust_remote_code and "--" in str(base.config.get("auto_map")):
         raise CheckpointError(f"model {base.id}: its config takes code from another repository, which is not pinned")
+    folder = base.files.folder_with("config.json", "*.py")
     try:
-        config = transformers.AutoConfig.from_pretrained(base.folder, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with init_empty_weights(include_buffers=False):
             model = transformers.AutoModelForCausalLM.from_config(
                 config,

@@ -13,6 +13,7 @@ from streammerge.errors import CheckpointError, RecipeError
 from streammerge.fisher.store import FisherSettings
 
 _PART = 1 << 16  # characters
+_TOKENIZER = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")  # the files that make one; patterns
 
 
 def probe_tokens(base: Checkpoint, vocab_size: int, settings: FisherSettings) -> Tensor:
@@ -60,13 +61,14 @@ def encode(base: Checkpoint, vocab_size: int, text: str, option: str) -> Tensor:
     """
     from transformers import AutoTokenizer
 
+    folder = base.files.folder_with(*_TOKENIZER)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a tokenizer's files may break transformers anywhere
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"model {base.id}: its tokenizer, for {option}, cannot be loaded: {reason}") from error
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
-    if not any((base.folder / file).is_file() for file in files):  # then transformers makes an empty one
+    if not any((folder / file).is_file() for file in files):  # then transformers makes an empty one
         raise CheckpointError(f"model {base.id}: it brings no tokenizer, which {option} needs: {min(files)} or alike")
     ids = torch.cat(
         [torch.tensor(tokenizer.encode(part, add_special_tokens=False), dtype=torch.int64) for part in _parts(text)]

@@ -182,7 +182,7 @@ def test_code_from_the_hub_must_be_pinned(tmp_path: Path, monkeypatch: pytest.Mo
         asked.append(repository)
         raise OSError("no network in a test")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("streammerge.checkpoints.locate.hub_files", download)
     with pytest.raises(RecipeError, match="--trust-remote-code: pin org/model.* to the commit you have read"):
         fisher(name, tmp_path / "out", settings(), device="cpu", trust_remote_code=True)
     assert not asked, "before anything is downloaded"

@@ -1,0 +1,164 @@
+"""The model card: metadata that the Hub reads, the recipe to run again, what was done to each block."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import yaml
+
+from streammerge._version import __version__
+from streammerge.checkpoints.checkpoint import CARD_FILE, Checkpoint
+from streammerge.plan import MergePlan
+from streammerge.report import block_rows
+
+PLOT_FILE = "merge-coefficients.png"
+
+_MOST_CARD_BYTES = 1_000_000
+_LONGEST_LICENCE = 100  # characters; a licence is named by a word
+
+Licence = dict[str, Any]  # the keys of a model's metadata that begin with "license"
+
+
+def stated_licence(model: Checkpoint) -> Licence:
+    """The licence that a model's own card states in its metadata; {} where it states none."""
+    files = model.files
+    if files.folder is not None:
+        path = files.folder / CARD_FILE
+        raw = path.read_bytes() if path.is_file() else b""
+    else:
+        raw = files.path(CARD_FILE).read_bytes() if files.has(CARD_FILE) else b""
+    opening, _, rest = raw[:_MOST_CARD_BYTES].decode("utf-8", "replace").partition("---")
+    block, closing, _ = rest.partition("\n---")
+    try:
+        values = yaml.safe_load(block) if closing and not opening.strip() else {}
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}  # somebody else's mistake, and only a card
+    return {key: value for key in _LICENCE_KEYS if (value := _word(values, key))} if _word(values, "license") else {}
+
+
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+
+
+def _word(values: Any, key: str) -> str | None:
+    value = values.get(key) if isinstance(values, dict) else None
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= _LONGEST_LICENCE else None
+
+
+def model_card(plan: MergePlan, result: Mapping[str, Any], licences: Sequence[Licence]) -> str:
+    """The output's README.md.
+
+    Args:
+        plan: the merge.
+        result: its manifest; where that names the plot among its files, the card shows it.
+        licences: what `stated_licence` says of the base and of each fine-tuned model.
+    """
+    names = [plan.base.id, *(expert.id for expert in plan.experts)]
+    licence, differing = _common_licence(names, licences)
+    metadata = {**_origin(result), "library_name": "transformers", **licence, "tags": ["merge", "streammerge"]}
+    recipe = yaml.safe_dump(_pinned(result), sort_keys=False, allow_unicode=True, width=math.inf)
+    sections = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
+        f"# Merge of {' and '.join(_code(name) for name in names[1:])} into {_code(names[0])}",
+        f"Made with streammerge {__version__}, method `{plan.recipe.method}` ({plan.method.summary}; "
+        f"{plan.method.reference}).",
+        "| role | model | revision |\n|---|---|---|\n"
+        + "\n".join(
+            f"| {source['role']} | {_code(source['id'])} | {source['revision'] or '-'} |"
+            for source in result["sources"]
+        ),
+        *differing,
+        "## Recipe\n\nSave as `recipe.yaml` and run `streammerge merge recipe.yaml --out merged`:\n\n"
+        f"```yaml\n{recipe}```",
+    ]
+    if result["notes"]:
+        sections.append("## Notes\n\n" + "\n".join(f"- {_plain(note)}" for note in result["notes"]))
+    if result["blocks"]:
+        header, rows = block_rows(result)
+        lines = [" | ".join(map(str, row)) for row in (header, ["---"] * len(header), *rows)]
+        plot = f"![Merge coefficient of each decoder block]({PLOT_FILE})\n\n" if PLOT_FILE in result["files"] else ""
+        sections.append(f"## Blocks\n\n{plot}" + "\n".join(f"| {_plain(line, keep='|')} |" for line in lines))
+    return "\n\n".join(sections) + "\n"
+
+
+def coefficient_plot(result: Mapping[str, Any]) -> bytes | None:
+    """A PNG of the merge coefficients over the blocks; None without coefficients, or without matplotlib."""
+    rows = [row for row in result["blocks"] if row["alpha"] is not None]
+    if not rows or find_spec("matplotlib") is None:
+        return None
+    from matplotlib.figure import Figure  # without pyplot: no window, no state outside the figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axis = figure.add_subplot()
+    experts = list(dict.fromkeys(row.get("expert") for row in rows))
+    for number, expert in enumerate(experts):
+        points = [(row["block"], row["alpha"]) for row in rows if row.get("expert") == expert]
+        whole = len({block for block, _ in points}) == len(points)  # else several tensors of a block: no line
+        axis.plot(
+            *zip(*points, strict=True),
+            marker="os^Dv"[number % 5],
+            linestyle=("-", "--", ":", "-.")[number % 4] if whole else "",
+            color="black",
+            linewidth=1,
+            markersize=4,
+            label=None if expert is None else str(expert).replace("$", r"\$"),
+        )
+    if len(experts) > 1:
+        axis.legend(fontsize=8)
+    top = 1.1 * max(1, *(row["alpha"] for row in rows))
+    axis.set(xlabel="decoder block", ylabel="merge coefficient alpha", ylim=(0, top))
+    axis.grid(color="0.85")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
+    return content.getvalue()
+
+
+def _origin(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The models that the Hub knows."""
+    ids = [source["id"] for source in result["sources"] if source["revision"] and source["role"] != "fisher"]
+    return {"base_model": ids, "base_model_relation": "merge"} if ids else {}
+
+
+def _pinned(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe with each model on the Hub at the commit it was read from."""
+    recipe, sources = result["recipe"], result["sources"]
+    base, *experts = [source for source in sources if source["role"] != "fisher"]
+    pairs = zip(recipe["models"], experts, strict=True)
+    models = [{**model, "model": _at_commit(model["model"], source)} for model, source in pairs]
+    return {**recipe, "base": _at_commit(recipe["base"], base), "models": models}
+
+
+def _at_commit(reference: str, source: Mapping[str, Any]) -> str:
+    return f"{reference.partition('@')[0]}@{source['revision']}" if source.get("revision") else reference
+
+
+def _common_licence(names: Sequence[str], licences: Sequence[Licence]) -> tuple[Licence, list[str]]:
+    """The metadata and, where the models do not agree, the section that says so."""
+    stated = [licence for licence in licences if licence]
+    if not stated:
+        return {}, []
+    if all(licence == licences[0] for licence in licences):
+        return dict(licences[0]), []
+    words = [licence.get("license_name") or licence["license"] for licence in stated]
+    told = [
+        f"- {_code(name)}: {_code(licence.get('license_name') or licence['license']) if licence else 'states none'}"
+        for name, licence in zip(names, licences, strict=True)
+    ]
+    text = "## Licence\n\nThe models' licences differ, and what may be done with this merge depends on all of them:\n\n"
+    common = {"license": "other", "license_name": "-and-".join(dict.fromkeys(words))}
+    return common if all(licences) else {"license": "unknown"}, [text + "\n".join(told)]
+
+
+def _code(text: str) -> str:
+    return f"`{_plain(text)}`"
+
+
+def _plain(text: str, keep: str = "") -> str:
+    """Text that cannot break out of a Markdown line or cell."""
+    return "".join(c for c in text if c.isprintable() and (c not in "`<>|" or c in keep))

@@ -1,0 +1,58 @@
+"""Where a model is pushed to, and how."""
+
+import re
+
+from pydantic import Field, field_validator, model_validator
+
+from streammerge.schema import Strict
+
+_REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$", re.ASCII)
+_COMMIT = re.compile(r"^[0-9a-f]{40}$")
+
+
+class PushSettings(Strict):
+    """A push. `None` means: whatever the Hub does by default."""
+
+    repository: str = Field(description="repository on the Hub, org/name; made if there is none")
+    private: bool | None = Field(None, description="visibility of a repository that is made")
+    revision: str | None = Field(None, description="branch to push to, made if there is none; main")
+    create_pr: bool = Field(False, description="open a pull request with the model instead of changing the branch")
+    commit_message: str | None = Field(None, description="message of the commit, or title of the pull request")
+    delete_patterns: list[str] = Field([], description="files of the repository to delete in the same commit")
+    parent_commit: str | None = Field(None, description="commit that the branch must be at, all 40 digits")
+
+    @field_validator("repository")
+    @classmethod
+    def _check_repository(cls, value: str) -> str:
+        if not _REPOSITORY.match(value) or ".." in value or "--" in value or max(map(len, value.split("/"))) > 96:
+            raise ValueError("must be a repository on the Hub, org/name")
+        return value
+
+    @field_validator("parent_commit")
+    @classmethod
+    def _check_parent(cls, value: str | None) -> str | None:
+        if value is not None and not _COMMIT.match(value):
+            raise ValueError("must be the 40 hexadecimal digits of a commit")
+        return value
+
+    @field_validator("commit_message")
+    @classmethod
+    def _check_message(cls, value: str | None) -> str | None:
+        if value is not None and not value.strip():
+            raise ValueError("must not be empty")
+        return value
+
+    @model_validator(mode="after")
+    def _check_pull_request(self) -> "PushSettings":
+        if self.create_pr and self.parent_commit:
+            raise ValueError("parent_commit does not go with create_pr: a pull request may lag behind its branch")
+        return self
+
+    @property
+    def branch(self) -> str:
+        return self.revision or "main"
+
+    @property
+    def where(self) -> str:
+        """How messages name the target."""
+        return self.repository + (f"@{self.revision}" if self.revision else "")

@@ -1,0 +1,225 @@
+"""The branch, or the pull request, of a repository on the Hub that a model goes to."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streammerge._version import __version__
+from streammerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE
+from streammerge.errors import OutputExistsError, TransferError
+from streammerge.hub.operations import file_operation, is_ignored, is_uploaded, limit_waiting, without_bars
+from streammerge.hub.refusals import ATTEMPTS, patiently, refusal, status_of, waiting_time
+from streammerge.hub.settings import PushSettings
+from streammerge.hub.xet import limit_xet_memory
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo, RepoFile
+
+UPLOADS = 3  # how often a shard is uploaded that the Hub loses each time
+_WAITING = (20.0, 300.0, 120.0)  # seconds for connecting, for an answer, for a write
+
+
+@dataclass(frozen=True)
+class PushedFile:
+    """A file of the model: its bytes, or where they lie, or None for a shard that only the Hub still has."""
+
+    content: bytes | Path | None
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, content: bytes | Path) -> PushedFile:
+        """A small file."""
+        raw = content if isinstance(content, bytes) else content.read_bytes()
+        return cls(content, len(raw), hashlib.sha256(raw).hexdigest())
+
+    def is_same(self, there: RepoFile) -> bool:
+        """Whether the repository's file has the same content."""
+        if there.lfs is not None:
+            return there.lfs.sha256 == self.sha256
+        if self.content is None or there.size != self.size:
+            return False
+        raw = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+        return there.blob_id == hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest()
+
+
+class HubTarget:
+    """What a push asks of the Hub. Safe to use from two threads.
+
+    Raises:
+        TransferError: from every call: the Hub refuses, or cannot be reached.
+    """
+
+    def __init__(self, settings: PushSettings) -> None:
+        limit_xet_memory()
+        from huggingface_hub import HfApi
+
+        self.settings, self.where = settings, f"push to {settings.where}"
+        self.api = HfApi(library_name="streammerge", library_version=__version__)
+        self._missing = False  # the repository, before `prepare`
+        self._branch_missing = False
+        self._there: list[str] = []  # its files at the start
+
+    def once(self, method: str, **options: Any) -> Any:
+        """Call a method of the client on the repository, and let its errors through."""
+        limit_waiting(_WAITING)
+        with without_bars():
+            answer = getattr(self.api, method)(self.settings.repository, **options)
+            return list(answer) if isinstance(answer, Iterator) else answer  # page after page
+
+    def call(self, doing: str, method: str, **options: Any) -> Any:
+        """Call a method of the client on the repository, again where it fails for a moment."""
+        try:
+            return patiently(lambda: self.once(method, **options))
+        except Exception as error:
+            raise refusal(self.where, doing, error) from error
+
+    def check(self) -> None:
+        """Find out, changing nothing, whether one may push there."""
+        me = self._whoami()
+        info = self._info(self.settings.branch)
+        if info is None and not self._missing:
+            if self.settings.branch.startswith("refs/"):
+                raise TransferError(f"{self.where}: the repository has no {self.settings.branch}")
+            self._branch_missing, info = True, self._info("main")
+        if info is None:
+            if self._missing:
+                self._check_new(me)
+            return
+        if self.settings.private and not info.private:
+            raise OutputExistsError(f"{self.where}: the repository is public: leave out --private, or push to another")
+        if not self.settings.create_pr:
+            self._check_right()
+        self._there = [entry.rfilename for entry in info.siblings or ()]
+        expected = self.settings.parent_commit
+        if expected is not None and expected != info.sha:
+            raise self.moved(expected, info.sha)
+
+    def check_weights(self, files: Iterable[str]) -> None:
+        """Refuse weights that would lie beside others: nobody means such a model, nor knows how it would load.
+
+        Args:
+            files: the names of the files to come.
+
+        Raises:
+            OutputExistsError: with the option that mends it.
+        """
+        for old in ({SINGLE_FILE, INDEX_FILE} & {*self._there}) - {*files} - {*self.doomed(self._there)}:
+            raise OutputExistsError(
+                f"{self.where}: it holds {old}, and the model to come does not: the two together would not load as "
+                "either; delete the old weights in the same commit with --delete-patterns 'model*.safetensors*'"
+            )
+
+    def prepare(self) -> str | None:
+        """Make the repository and the branch where they are missing; the commit the branch is at."""
+        settings = self.settings
+        if self._missing:
+            self.call("making it", "create_repo", private=settings.private, exist_ok=True)
+        if self._branch_missing or (self._missing and settings.branch != "main"):
+            self.call("making the branch", "create_branch", branch=settings.branch, exist_ok=True)
+        self._missing = self._branch_missing = False
+        return self.head()
+
+    def head(self, revision: str | None = None) -> str | None:
+        """The commit a branch is at, by default the one pushed to; None where nothing was ever committed."""
+        info = self._info(revision or self.settings.branch)
+        return info.sha if info is not None else None
+
+    def files(self, revision: str | None) -> dict[str, RepoFile]:
+        """The files at a revision, by path."""
+        from huggingface_hub import RepoFile
+
+        if revision is None:
+            return {}
+        found = self.call("listing its files", "list_repo_tree", recursive=True, revision=revision)
+        return {entry.path: entry for entry in found if isinstance(entry, RepoFile)}
+
+    def doomed(self, paths: Iterable[str]) -> list[str]:
+        """Those of the repository's files that the delete patterns name."""
+        patterns = [f"{p}*" if p.endswith("/") else p for p in self.settings.delete_patterns]
+        found = {path for path in paths for pattern in patterns if fnmatchcase(path, pattern)}
+        return sorted(found - {".gitattributes"})  # it says what is stored how
+
+    def upload(self, name: str, file: PushedFile) -> bool:
+        """Upload a shard, in pieces and with further attempts as the client does it.
+
+        Returns:
+            Whether the Hub keeps it for the commit now; a tiny one it may want inside the commit itself.
+        """
+        from huggingface_hub.errors import HfHubHTTPError
+
+        settings, where = self.settings, f"{self.where}, file {name}"
+        assert file.content is not None
+        for attempt in range(1, ATTEMPTS + 1):
+            operation = file_operation(name, file.content, file.sha256)
+            try:
+                self.once(
+                    "preupload_lfs_files",
+                    additions=[operation],
+                    revision=settings.branch,
+                    create_pr=settings.create_pr,
+                    num_threads=1,
+                )
+                break
+            except Exception as error:
+                # A signed address expires; the next attempt gets a new one. What the Hub itself refuses, or the
+                # client has tried again already, is final.
+                expired = isinstance(error, RuntimeError) and status_of(error.__cause__ or error) in (400, 403)
+                if isinstance(error, HfHubHTTPError) or not expired or attempt == ATTEMPTS:
+                    raise refusal(where, "upload failed", error) from error
+                time.sleep(waiting_time(error, attempt))
+        if is_ignored(operation):
+            raise TransferError(f"{where}: the repository's .gitignore leaves it out: take that line out of it")
+        return is_uploaded(operation)
+
+    def moved(self, expected: str | None, found: str | None) -> TransferError:
+        """The refusal of a branch that somebody else has committed to."""
+        return TransferError(
+            f"{self.where}: somebody committed to it meanwhile: it is at {found}, not at {expected}; look at what "
+            f"changed, then give --parent-commit {found} to the same command: it goes on, and commits on top of that"
+        )
+
+    def loses(self, file: str) -> TransferError:
+        """The refusal of a Hub that does not keep what it is given."""
+        return TransferError(f"{self.where}, file {file}: uploaded {UPLOADS} times, and each time the Hub lost it")
+
+    def _whoami(self) -> Mapping[str, Any]:
+        limit_waiting(_WAITING)
+        try:
+            return patiently(self.api.whoami)
+        except Exception as error:
+            raise refusal(self.where, "asking who is logged in", error) from error
+
+    def _info(self, revision: str) -> ModelInfo | None:
+        """The repository at a revision; None where there is none of one of them."""
+        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+        try:
+            return self.call("looking at it", "model_info", revision=revision, timeout=_WAITING[1])  # type: ignore[no-any-return]
+        except TransferError as error:
+            if isinstance(error.__cause__, RevisionNotFoundError):
+                return None
+            if isinstance(error.__cause__, RepositoryNotFoundError):
+                self._missing = True
+                return None
+            raise
+
+    def _check_new(self, me: Mapping[str, Any]) -> None:
+        """Refuse what can be refused of a repository that is still to be made; making it is the full test."""
+        if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise TransferError(f"{self.where}: the token may only read: log in with one that may write")
+        if self.settings.parent_commit is not None:
+            raise TransferError(f"{self.where}: there is no such repository yet: leave out --parent-commit")
+
+    def _check_right(self) -> None:
+        try:
+            self.call("checking the right to write", "auth_check", write=True)
+        except TransferError as error:
+            if status_of(error.__cause__ or error) != 404:  # a Hub that cannot tell: the repository is there
+                raise
