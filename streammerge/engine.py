@@ -18,7 +18,7 @@ from streammerge.errors import IncompatibleCheckpointsError
 from streammerge.methods.api import Method, RowBlock, TensorContext, Unit
 from streammerge.plan import MergePlan
 from streammerge.progress import progress_bar
-from streammerge.stream import Input, Inputs, RowReader
+from streammerge.stream import Input, Inputs, RowReader, batches
 from streammerge.workers import single_threaded_torch
 
 
@@ -36,19 +36,28 @@ class Engine:
         with single_threaded_torch():
             surveys: dict[TensorContext, Any] = {}
             if surveyed:
-                self._work("Survey", surveyed, self.plan.survey_bytes, lambda r, unit: self._survey(r, unit, surveys))
+                self._work(
+                    *("Survey", surveyed, self.plan.survey_bytes, self._survey_inputs),
+                    lambda reader, unit: self._survey(reader, unit, surveys),
+                )
             in_order = {unit.tensors[0]: surveys[unit.tensors[0]] for unit in surveyed}
             records = [record for _, record in self.plan.fishers]
             self.method = self.method.prepared(in_order, records, self.plan.calibrated)
-            self._work("Merge", units, self.plan.merge_bytes, self._merge)
+            self._work("Merge", units, self.plan.merge_bytes, self._merge_inputs, self._merge)
             self.writer.wait()
         return self.method, {tensor.name: self.writer.entries[tensor.name] for tensor in self.plan.contexts}
 
     def _work(
-        self, label: str, units: Sequence[Unit], size: Callable[[Unit], int], do: Callable[[RowReader, Unit], None]
+        self,
+        label: str,
+        units: Sequence[Unit],
+        size: Callable[[Unit], int],
+        inputs: Callable[[Unit], Mapping[str, Inputs]],
+        do: Callable[[RowReader, Unit], None],
     ) -> None:
         """Hand the units, in order, to the workers; the first error stops all. `size`: bytes a unit reads."""
-        queue, lock, stop = iter(units), Lock(), Event()
+        lock, stop = Lock(), Event()
+        queue = batches(((unit, inputs(unit)) for unit in units), self.plan.budget.buffer_bytes)
         total = sum(size(unit) for unit in units)
         bar = progress_bar(total, label, "B", self.progress)
 
@@ -60,15 +69,19 @@ class Engine:
             reader = RowReader(self.plan.budget.buffer_bytes, self.plan.recipe.allow_nonfinite, advance)
             while not stop.is_set():
                 with lock:
-                    unit = next(queue, None)
-                if unit is None:
+                    batch = next(queue, None)
+                if batch is None:
                     return
                 try:
-                    do(reader, unit)
+                    reader.load(batch)
+                    for unit, _ in batch:
+                        if stop.is_set():
+                            return
+                        do(reader, unit)
+                        advance(size(unit) - reader.bytes_read)  # a pass that was not needed
                 except BaseException:
                     stop.set()
                     raise
-                advance(size(unit) - reader.bytes_read)  # a pass that was not needed
 
         with bar, ThreadPoolExecutor(self.plan.budget.workers, "streammerge") as pool:
             try:
@@ -81,7 +94,7 @@ class Engine:
         tensor = unit.tensors[0]
         survey = self.method.survey(tensor)
         assert survey is not None  # only such tensors are in the list
-        reader.open(unit, {tensor.name: self._inputs(tensor, self.plan.expert_inputs(tensor), survey.reads_fisher)})
+        reader.open(unit)
         state = survey.start(unit, {})
         for block in reader.blocks():
             survey.update(state, block)
@@ -89,11 +102,7 @@ class Engine:
 
     def _merge(self, reader: RowReader, unit: Unit) -> None:
         action = self.plan.actions[unit.tensors[0].name]
-        inputs = {
-            tensor.name: self._inputs(tensor, self.plan.expert_inputs(tensor), self.plan.reads_fisher(tensor))
-            for tensor in unit.tensors
-        }
-        reader.open(unit, inputs)
+        inputs = reader.open(unit)
         results: dict[str, Any] = {}
         if action == "merge":
             if self.plan.calibrated is not None:
@@ -120,6 +129,18 @@ class Engine:
         if not self.writer.is_complete(name):
             stored = merged.to(torch_dtype(block.tensor.dtype)).contiguous()
             self.writer.write(name, block.row * block.tensor.columns * stored.element_size(), as_bytes(stored))
+
+    def _survey_inputs(self, unit: Unit) -> dict[str, Inputs]:
+        (tensor,) = unit.tensors
+        survey = self.method.survey(tensor)
+        fisher = survey is not None and survey.reads_fisher
+        return {tensor.name: self._inputs(tensor, self.plan.expert_inputs(tensor), fisher)}
+
+    def _merge_inputs(self, unit: Unit) -> dict[str, Inputs]:
+        return {
+            tensor.name: self._inputs(tensor, self.plan.expert_inputs(tensor), self.plan.reads_fisher(tensor))
+            for tensor in unit.tensors
+        }
 
     def _inputs(self, tensor: TensorContext, experts: Sequence[tuple[Checkpoint, TensorInfo]], fisher: bool) -> Inputs:
         plan, name = self.plan, tensor.name
