@@ -98,6 +98,7 @@ ORDER = [
     "recipe",
     "catalogue",
     "budget",
+    "travel",
     "plan",
     "report",
     "stream",
