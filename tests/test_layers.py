@@ -100,6 +100,7 @@ ORDER = [
     "recipe",
     "catalogue",
     "budget",
+    "travel",
     "plan",
     "report",
     "stream",

@@ -14,7 +14,8 @@ from streammerge.calibration.store import (
     open_calibration,
 )
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
-from streammerge.fisher.placement import IMPORT_BYTES, FisherRun
+from streammerge.compatibility import embedding_and_head
+from streammerge.fisher.placement import IMPORT_BYTES, FisherRun, streamed_bytes, walk_reads
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,21 @@ class CalibrationCost:
         measurements: what is measured.
         tokens: how many, per text.
         host_bytes: expected peak of the process.
-        bytes_to_read: from the models' files.
+        bytes_to_read: from the models' files, at most.
+        bytes_to_stream: of these, over the network.
     """
 
     measurements: tuple[Measurement, ...]
     tokens: int
     host_bytes: int
     bytes_to_read: int
+    bytes_to_stream: int
 
 
 def calibration_cost(
     models: Sequence[Checkpoint], settings: CalibrationSettings, measurements: Sequence[Measurement]
 ) -> CalibrationCost:
     """From headers alone. `models`: the base and the fine-tuned ones."""
-    sizes = [sum(info.nbytes for info in model.tensors.values()) for model in models]
     prefix = decoder_prefix(models[0].tensors)
     blocks: dict[int, int] = {}
     for name, info in models[0].tensors.items():
@@ -47,7 +49,27 @@ def calibration_cost(
             blocks[number] = blocks.get(number, 0) + info.nbytes
     tokens = settings.samples * settings.length
     host = IMPORT_BYTES + 2 * max(blocks.values(), default=0)
-    return CalibrationCost(tuple(measurements), tokens, host, sum(sizes))
+    walking = models[:1] if set(measurements) == {"channels"} else models
+    reads = [(model, walk_reads(model, tokens, times=1, stay=(), heads=0)) for model in walking]
+    if "mutual_information" in measurements and _has_own_head(models[0]):  # then every sample goes by all heads
+        reads += [(model, _head_reads(model, settings.samples)) for model in walking]
+    return CalibrationCost(
+        measurements=tuple(measurements),
+        tokens=tokens,
+        host_bytes=host,
+        bytes_to_read=sum(sum(of_model.values()) for _, of_model in reads),
+        bytes_to_stream=sum(streamed_bytes(model, of_model) for model, of_model in reads),
+    )
+
+
+def _has_own_head(model: Checkpoint) -> bool:
+    embedding, head = embedding_and_head(model)
+    return embedding is not head
+
+
+def _head_reads(model: Checkpoint, samples: int) -> dict[str, int]:
+    _, head = embedding_and_head(model)
+    return {} if head is None else {head.name: samples * head.nbytes}
 
 
 def check(models: Sequence[Checkpoint], settings: CalibrationSettings, run: FisherRun) -> None:
