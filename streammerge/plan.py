@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from streammerge.budget import DEFAULT_MAX_RAM, IMPORT_BYTES, Budget, make_budget, unit_bytes
 from streammerge.calibration import CalibrationCost, calibration_cost
 from streammerge.calibration.store import Calibrated, check_texts
-from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
+from streammerge.checkpoints.checkpoint import CARD_FILE, Checkpoint, block_index, decoder_prefix
 from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.layout import Shard, plan_shards
 from streammerge.checkpoints.locate import open_model
@@ -163,7 +163,8 @@ class MergePlan:
             return None
         walked = hub if calibration or self.method.fisher_of_experts else [m for m in hub if m is self.base and fishers]
         code = [(m, name) for m in walked for name in m.files.top() if m is not self.base and name.endswith(".py")]
-        files = [*((self.base, name) for name in self.base.side_files()), *code]
+        cards = [(model, CARD_FILE) for model in hub if model.folder is None and model.files.has(CARD_FILE)]  # licences
+        files = [*((self.base, name) for name in self.base.side_files()), *code, *cards]
         return Travel(
             opened=self.opened,
             fingerprints=sum(model.fingerprint_bytes() for model in hub),
