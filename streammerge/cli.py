@@ -13,12 +13,14 @@ from typing import Annotated, Any
 import typer
 
 import streammerge
+from streammerge.checkpoints.layout import file_names
 from streammerge.checkpoints.locate import HUB_SCHEME
 from streammerge.checkpoints.output import check_output
 from streammerge.diagnose.text import diagnose_text
 from streammerge.errors import RecipeError, StreammergeError
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FisherRecord, FisherSettings
+from streammerge.hub.publication import make_publication
 from streammerge.options import (
     Against,
     AimOmega,
@@ -128,10 +130,15 @@ def merge(
     budget = parse_size(max_ram)
     if dry_run:
         run = FisherRun(device, parse_size(max_vram) if max_vram else None, device_map, trust_remote_code)
+        push = make_publication(push_values or None)
+        if push is not None:
+            push.check()
         with streammerge.plan(job, max_ram=budget, threads=threads, hub_mode=hub_mode) as planned:
             summary = planned.summary(run)
             if out is not None:
                 check_output(out, [model.folder for model in (planned.base, *planned.experts)], overwrite)
+            if push is not None:
+                push.check_weights(file_names(planned.shards))
         _print(summary if json else plan_text(summary))
         return
     if out is None and not push_to_hub:

@@ -29,7 +29,7 @@ _STRUCTURE = (
 # These may differ between a base and its fine-tune; the output keeps the base's, which is worth knowing.
 _WORTH_A_NOTE = ("max_position_embeddings", "rope_theta", "rope_parameters", "rope_scaling", "sliding_window")
 
-_HEAD = "lm_head.weight"
+HEAD = "lm_head.weight"
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")
 _BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)$")
 _QUANTISED = re.compile(
@@ -140,12 +140,12 @@ def _match_tensors(base: Checkpoint, expert: Checkpoint, match: Match) -> list[s
 
 def _tied_head(name: str, expert: Checkpoint, match: Match) -> TensorInfo | None:
     """The embedding of a fine-tuned model that ties its head, where the base stores the head separately."""
-    if name != _HEAD or not _setting(expert, "tie_word_embeddings"):
+    if name != HEAD or not _setting(expert, "tie_word_embeddings"):
         return None
     embedding = _embedding(expert)
     if embedding is not None:
         match.notes.append(
-            f"{expert.id}: ties {_HEAD!r} to {embedding.name!r}; that tensor was used for the base's head"
+            f"{expert.id}: ties {HEAD!r} to {embedding.name!r}; that tensor was used for the base's head"
         )
     return embedding
 
@@ -155,10 +155,16 @@ def _why_left_out(name: str, info: TensorInfo, base: Checkpoint) -> str | None:
     if _BUFFERS.search(name):
         return "a buffer that the model computes itself"
     embedding = _embedding(base)
-    tied = name == _HEAD and _setting(base, "tie_word_embeddings") is not False  # some families leave it out
+    tied = name == HEAD and _setting(base, "tie_word_embeddings") is not False  # some families leave it out
     if tied and embedding is not None and info.shape == embedding.shape:
         return f"the base ties its head to {embedding.name!r}, which serves as the head of the merged model too"
     return None
+
+
+def embedding_and_head(model: Checkpoint) -> tuple[TensorInfo | None, TensorInfo | None]:
+    """The token embeddings and the head, as far as names tell; the embeddings are both where the model ties them."""
+    embedding, head = _embedding(model), model.tensors.get(HEAD)
+    return embedding, embedding if head is None or _setting(model, "tie_word_embeddings") else head
 
 
 def _embedding(model: Checkpoint) -> TensorInfo | None:

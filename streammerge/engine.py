@@ -19,7 +19,7 @@ from streammerge.errors import IncompatibleCheckpointsError
 from streammerge.methods.api import Method, RowBlock, TensorContext, Unit
 from streammerge.plan import MergePlan
 from streammerge.progress import progress_bar
-from streammerge.stream import Input, Inputs, RowReader
+from streammerge.stream import Input, Inputs, RowReader, batches
 from streammerge.workers import single_threaded_torch
 
 
@@ -38,15 +38,20 @@ class Engine:
     def run(self) -> tuple[Method, dict[str, dict[str, Any]]]:
         """Merge everything; the method as it was used, and each tensor's report."""
         surveyed = [Unit(tensor.name, (tensor,)) for tensor in self.plan.surveyed]
-        units = [u for u in self.plan.units if not all(self.writer.is_complete(t.name) for t in u.tensors)]
+        left = {u.key: [t.name for t in u.tensors if not self.writer.is_complete(t.name)] for u in self.plan.units}
+        units = [unit for unit in self.plan.units if left[unit.key]]
+        self.room.expect({unit.key: left[unit.key] for unit in units})
         with single_threaded_torch():
             surveys: dict[TensorContext, Any] = {}
             if surveyed:
-                self._work("Survey", surveyed, self.plan.survey_bytes, lambda r, unit: self._survey(r, unit, surveys))
+                self._work(
+                    *("Survey", surveyed, self.plan.survey_bytes, self._survey_inputs),
+                    lambda reader, unit, stop: self._survey(reader, unit, surveys),
+                )
             in_order = {unit.tensors[0]: surveys[unit.tensors[0]] for unit in surveyed}
             records = [record for _, record in self.plan.fishers]
             self.method = self.method.prepared(in_order, records, self.plan.calibrated)
-            self._work("Merge", units, self.plan.merge_bytes, self._merge, self.room)
+            self._work("Merge", units, self.plan.merge_bytes, self._merge_inputs, self._merge_in_room)
             self.writer.wait()
         return self.method, {tensor.name: self.writer.entries[tensor.name] for tensor in self.plan.contexts}
 
@@ -55,11 +60,15 @@ class Engine:
         label: str,
         units: Sequence[Unit],
         size: Callable[[Unit], int],
-        do: Callable[[RowReader, Unit], None],
-        room: DiskRoom | None = None,
+        inputs: Callable[[Unit], Mapping[str, Inputs]],
+        do: Callable[[RowReader, Unit, Event], None],
     ) -> None:
-        """Hand the units, in order, to the workers; the first error stops all. `size`: bytes a unit reads."""
-        queue, turn, lock, stop = iter(units), Lock(), Lock(), Event()
+        """Hand the units, in order, to the workers; the first error stops all, and sets the event that `do` gets.
+
+        `size`: bytes a unit reads.
+        """
+        lock, stop = Lock(), Event()
+        queue = batches(((unit, inputs(unit)) for unit in units), self.plan.budget.buffer_bytes)
         total = sum(size(unit) for unit in units)
         bar = progress_bar(total, label, "B", self.progress)
 
@@ -70,21 +79,20 @@ class Engine:
         def loop() -> None:
             reader = RowReader(self.plan.budget.buffer_bytes, self.plan.recipe.allow_nonfinite, advance)
             while not stop.is_set():
+                with lock:
+                    batch = next(queue, None)
+                if batch is None:
+                    return
                 try:
-                    with turn:
-                        unit = next(queue, None)
-                        if unit is None:
+                    reader.load(batch)
+                    for unit, _ in batch:
+                        if stop.is_set():
                             return
-                        written = room.enter((tensor.name for tensor in unit.tensors), stop) if room else ()
-                    if written is None:
-                        return
-                    do(reader, unit)
+                        do(reader, unit, stop)
+                        advance(size(unit) - reader.bytes_read)  # a pass that was not needed
                 except BaseException:
                     stop.set()
                     raise
-                if room and written:
-                    room.leave(written)
-                advance(size(unit) - reader.bytes_read)  # a pass that was not needed
 
         with bar, ThreadPoolExecutor(self.plan.budget.workers, "streammerge") as pool:
             try:
@@ -97,19 +105,20 @@ class Engine:
         tensor = unit.tensors[0]
         survey = self.method.survey(tensor)
         assert survey is not None  # only such tensors are in the list
-        reader.open(unit, {tensor.name: self._inputs(tensor, self.plan.expert_inputs(tensor), survey.reads_fisher)})
+        reader.open(unit)
         state = survey.start(unit, {})
         for block in reader.blocks():
             survey.update(state, block)
         surveys[tensor] = survey.finish(state)
 
+    def _merge_in_room(self, reader: RowReader, unit: Unit, stop: Event) -> None:
+        if self.room.enter(unit.key, stop):
+            self._merge(reader, unit)
+            self.room.leave(unit.key)
+
     def _merge(self, reader: RowReader, unit: Unit) -> None:
         action = self.plan.actions[unit.tensors[0].name]
-        inputs = {
-            tensor.name: self._inputs(tensor, self.plan.expert_inputs(tensor), self.plan.reads_fisher(tensor))
-            for tensor in unit.tensors
-        }
-        reader.open(unit, inputs)
+        inputs = reader.open(unit)
         results: dict[str, Any] = {}
         if action == "merge":
             if self.plan.calibrated is not None:
@@ -136,6 +145,18 @@ class Engine:
         if not self.writer.is_complete(name):
             stored = merged.to(torch_dtype(block.tensor.dtype)).contiguous()
             self.writer.write(name, block.row * block.tensor.columns * stored.element_size(), as_bytes(stored))
+
+    def _survey_inputs(self, unit: Unit) -> dict[str, Inputs]:
+        (tensor,) = unit.tensors
+        survey = self.method.survey(tensor)
+        fisher = survey is not None and survey.reads_fisher
+        return {tensor.name: self._inputs(tensor, self.plan.expert_inputs(tensor), fisher)}
+
+    def _merge_inputs(self, unit: Unit) -> dict[str, Inputs]:
+        return {
+            tensor.name: self._inputs(tensor, self.plan.expert_inputs(tensor), self.plan.reads_fisher(tensor))
+            for tensor in unit.tensors
+        }
 
     def _inputs(self, tensor: TensorContext, experts: Sequence[tuple[Checkpoint, TensorInfo]], fisher: bool) -> Inputs:
         plan, name = self.plan, tensor.name

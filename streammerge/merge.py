@@ -27,13 +27,12 @@ from streammerge.fisher.store import FISHER_FILE, FisherRecord, check_same_base,
 from streammerge.heap import give_back
 from streammerge.hub.card import PLOT_FILE, Licence, coefficient_plot, model_card, stated_licence
 from streammerge.hub.commit import Pushed
-from streammerge.hub.publication import Publication
+from streammerge.hub.publication import Publication, make_publication
 from streammerge.hub.pull import HubMode
 from streammerge.hub.settings import PushSettings
 from streammerge.plan import MergePlan, plan
 from streammerge.recipe import Recipe
 from streammerge.report import manifest, resolved_recipe
-from streammerge.schema import build
 
 
 def merge(
@@ -81,7 +80,7 @@ def merge(
     Raises:
         StreammergeError: see `streammerge.errors`. Bad input leaves nothing behind in `out`.
     """
-    push = _publication(push_to_hub)
+    push = make_publication(push_to_hub)
     keep = out is not None
     if out is None:
         if push is None:
@@ -186,16 +185,6 @@ def _check_fishers(
         if save_fisher is None or not _is_finished(folder):
             check_fisher(model, job.recipe.fisher, run)
     return unmeasured
-
-
-def _publication(push_to_hub: str | PushSettings | Mapping[str, Any] | None) -> Publication | None:
-    if push_to_hub is None:
-        return None
-    if isinstance(push_to_hub, str):
-        push_to_hub = {"repository": push_to_hub}
-    if not isinstance(push_to_hub, PushSettings):
-        push_to_hub = build(PushSettings, push_to_hub, "push")
-    return Publication(push_to_hub)
 
 
 def _check_save_fisher(job: MergePlan, folder: Path, out: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,19 +11,20 @@ from typing import Any, Literal, Self
 from streammerge.budget import DEFAULT_MAX_RAM, IMPORT_BYTES, Budget, make_budget, unit_bytes
 from streammerge.calibration import CalibrationCost, calibration_cost
 from streammerge.calibration.store import Calibrated, check_texts
-from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
+from streammerge.checkpoints.checkpoint import CARD_FILE, Checkpoint, block_index, decoder_prefix
 from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.layout import Shard, plan_shards
 from streammerge.checkpoints.locate import open_model
 from streammerge.compatibility import Match, match_experts, refuse_quantised
 from streammerge.errors import RecipeError
-from streammerge.fisher import place
+from streammerge.fisher import FisherPlacement, place
 from streammerge.fisher.placement import IMPORT_BYTES as WITH_TRANSFORMERS
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import STORED_AS, FisherRecord, FisherSettings, open_fisher
 from streammerge.hub.pull import HubMode
 from streammerge.methods.api import Method, TensorContext, Unit
 from streammerge.recipe import Recipe, Resolved, make_recipe, resolve_method
+from streammerge.travel import Travel
 
 # What is done with a tensor: merged, copied from the base, or copied after a check that all inputs agree.
 Action = Literal["merge", "copy", "same"]
@@ -46,6 +47,7 @@ class MergePlan:
         shards: the output's layout.
         budget: memory of the merge.
         notes: what a user should know and need not mend.
+        opened: bytes that came over the network to make the plan.
     """
 
     recipe: Recipe
@@ -62,6 +64,7 @@ class MergePlan:
 
     def __post_init__(self) -> None:
         self.calibrated: Calibrated | None = None
+        self.opened = sum(model.files.transferred for model in self.models)
         self._open = ExitStack()
 
     @property
@@ -138,14 +141,48 @@ class MergePlan:
 
     def merge_bytes(self, unit: Unit) -> int:
         """What the merge of a unit reads at most: once where it fits the buffer, else once per pass."""
+        return self._readings(unit) * sum(info.nbytes for tensor in unit.tensors for info in self.inputs(tensor))
+
+    def _readings(self, unit: Unit) -> int:
         inputs = {tensor.name: self.inputs(tensor) for tensor in unit.tensors}
-        size = sum(info.nbytes for group in inputs.values() for info in group)
-        return size * (1 if unit_bytes(unit, inputs) <= self.budget.buffer_bytes else self.passes(unit))
+        return 1 if unit_bytes(unit, inputs) <= self.budget.buffer_bytes else self.passes(unit)
 
     def bytes_to_read(self) -> int:
         """What survey and merge read together, at most; a Fisher pass reads the base's blocks twice besides."""
         surveys = sum(self.survey_bytes(Unit(tensor.name, (tensor,))) for tensor in self.surveyed)
         return surveys + sum(self.merge_bytes(unit) for unit in self.units)
+
+    def travel(self, fishers: Sequence[FisherPlacement], calibration: CalibrationCost | None) -> Travel | None:
+        """What comes over the network; None where no model is on the Hub.
+
+        Args:
+            fishers: of the Fishers that are to be measured.
+            calibration: where there is one.
+        """
+        hub = [model for model in self.models if model.revision is not None]
+        if not hub:
+            return None
+        walked = hub if calibration or self.method.fisher_of_experts else [m for m in hub if m is self.base and fishers]
+        code = [(m, name) for m in walked for name in m.files.top() if m is not self.base and name.endswith(".py")]
+        cards = [(model, CARD_FILE) for model in hub if model.folder is None and model.files.has(CARD_FILE)]  # licences
+        files = [*((self.base, name) for name in self.base.side_files()), *code, *cards]
+        return Travel(
+            opened=self.opened,
+            fingerprints=sum(model.fingerprint_bytes() for model in hub),
+            downloads=sum(model.missing_bytes for model in hub),
+            fisher=sum(fisher.bytes_to_stream for fisher in fishers),
+            calibration=calibration.bytes_to_stream if calibration else 0,
+            survey=sum(self._streamed(tensor) for tensor in self.surveyed),
+            merge=sum(self._readings(unit) * sum(map(self._streamed, unit.tensors)) for unit in self.units),
+            files=sum(model.files.size(name) for model, name in files),
+            size=sum(info.nbytes for model in hub for info in model.tensors.values()),
+            at_most=calibration is not None or any(self._readings(unit) > 1 for unit in self.units),
+        )
+
+    def _streamed(self, tensor: TensorContext) -> int:
+        """What comes over the network when a tensor is read once."""
+        inputs = [(self.base, self.base.tensors[tensor.name]), *self.expert_inputs(tensor)]
+        return sum(info.nbytes for model, info in inputs if model.is_streamed(info))
 
     def summary(self, run: FisherRun | None = None) -> dict[str, Any]:
         """What `streammerge plan` prints; `run`: how a Fisher pass would be run."""
@@ -153,6 +190,7 @@ class MergePlan:
         measured = [] if self.fishers else self.of_fishers
         placed = [place(model, self.recipe.fisher, run) for model in measured]
         calibration = self._calibration_cost()
+        travel = self.travel(placed, calibration)
         passes_host = [fisher.host_bytes for fisher in placed] + ([calibration.host_bytes] if calibration else [])
         imported = WITH_TRANSFORMERS if passes_host else IMPORT_BYTES  # one process does it all
         merges = imported + self.budget.total
@@ -172,6 +210,7 @@ class MergePlan:
             "bytes_to_read": self.bytes_to_read(),
             "fisher_bytes_to_read": sum(fisher.bytes_to_read for fisher in placed),
             "calibration_bytes_to_read": calibration.bytes_to_read if calibration else 0,
+            "from_hub": asdict(travel) | {"total": travel.total} if travel else None,
             "bytes_to_write": sum(shard.size for shard in self.shards),
             "shards": len(self.shards),
             "workers": self.budget.workers,

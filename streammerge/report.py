@@ -124,6 +124,7 @@ def plan_text(summary: Mapping[str, Any]) -> str:
         ("tensors", f"{summary['tensors']} ({summary['merged']} merged, {summary['copied']} copied from the base)"),
         ("parameters", f"{summary['parameters']:,}"),
         ("to read", _to_read(summary)),
+        *([("from the Hub", _from_hub(summary["from_hub"]))] if summary["from_hub"] else []),
         ("to write", f"{format_size(summary['bytes_to_write'])} in {summary['shards']} shard(s)"),
         ("passes", f"at most {summary['passes']} over a tensor"),
         ("workers", str(summary["workers"])),
@@ -156,6 +157,19 @@ def _to_read(summary: Mapping[str, Any]) -> str:
     ):
         text += f", and {format_size(size)} for the {what}" if size else ""
     return text
+
+
+def _from_hub(travel: Mapping[str, Any]) -> str:
+    streamed = {key: travel[key] for key in ("fisher", "calibration", "survey", "merge") if travel[key]}
+    text = format_size(travel["total"]) + (" at most" if travel["at_most"] and streamed else "")
+    parts = [f"{format_size(count)} for the {'Fisher' if key == 'fisher' else key}" for key, count in streamed.items()]
+    if travel["downloads"]:
+        parts.insert(0, f"{format_size(travel['downloads'])} into its cache")
+    if streamed:
+        often = sum(streamed.values()) / travel["size"]
+        parts.append(f"which is every weight {often:.1f} times on average")
+    parts.append(f"{format_size(travel['opened'])} have come for this plan")
+    return f"{text}: {', '.join(parts)}"
 
 
 def _calibration(cost: Mapping[str, Any]) -> str:

@@ -1,12 +1,13 @@
 """Row blocks of a unit, read into one reused buffer within a budget.
 
-A unit whose inputs fit the buffer is read once and kept for all its passes; a larger one is read again, a
-run of whole tiles at a time, for each. What a method sees is the same either way: one tile after another.
+A unit whose inputs fit the buffer is read once and kept for all its passes, together with small ones beside it, so
+that a model on the Hub is not asked for a few bytes at a time. A larger one is read again, a run of whole tiles at a
+time, for each. What a method sees is the same either way: one tile after another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,28 @@ class Inputs:
         return [source.info for source in self.all]
 
 
+Batch = Sequence[tuple[Unit, Mapping[str, Inputs]]]
+
+SMALL = 1 << 20  # bytes; units smaller than this, together, are read with the one before them
+
+
+def batches(units: Iterable[tuple[Unit, Mapping[str, Inputs]]], buffer_bytes: int) -> Iterator[Batch]:
+    """Consecutive units that are read together: one, and small ones around it, as far as they fit the buffer."""
+    batch: list[tuple[Unit, Mapping[str, Inputs]]] = []
+    filled = small = 0
+    for unit, inputs in units:
+        size = unit_bytes(unit, {tensor.name: inputs[tensor.name].infos for tensor in unit.tensors})
+        joins = small + size <= SMALL or (small <= SMALL and small == filled)
+        if batch and not (joins and filled + size <= buffer_bytes):
+            yield batch
+            batch, filled, small = [], 0, 0
+        batch.append((unit, inputs))
+        filled += size
+        small += size if small + size <= SMALL else 0
+    if batch:
+        yield batch
+
+
 class RowReader:
     """Reads units through one buffer; every worker has its own.
 
@@ -57,52 +80,84 @@ class RowReader:
         self._buffer = torch.empty(buffer_bytes, dtype=torch.uint8)
         self._allow_nonfinite, self._advance = allow_nonfinite, advance
 
-    def open(self, unit: Unit, inputs: Mapping[str, Inputs]) -> None:
-        """Make `unit` the one that `blocks` walks."""
-        self._unit, self._inputs = unit, inputs
+    def load(self, batch: Batch) -> None:
+        """Make these the units that can be opened, and read them if they fit the buffer; a larger one comes alone."""
+        self._batch = {unit.key: inputs for unit, inputs in batch}
+        self._places: dict[str, int] = {}
+        position = 0
+        parts: dict[Checkpoint, list[tuple[TensorInfo, int, memoryview]]] = {}
+        places: dict[str, int] = {}
+        for unit, inputs in batch:
+            places[unit.key] = position
+            for source in (source for tensor in unit.tensors for source in inputs[tensor.name].all):
+                raw = self._buffer[position : position + source.info.nbytes]
+                parts.setdefault(source.model, []).append((source.info, 0, as_bytes(raw)))
+                position += aligned(source.info.nbytes)
+        if position > len(self._buffer):
+            return
+        self._places = places
+        for model, of_model in parts.items():
+            model.read_many(of_model)
+            self._advance(sum(info.nbytes for info, _, _ in of_model))
+
+    def open(self, unit: Unit) -> Mapping[str, Inputs]:
+        """Make a unit of the batch the one that `blocks` walks."""
+        self._unit, self._inputs = unit, self._batch[unit.key]
         self._kept: list[_Run] | None = None
-        self._fits = unit_bytes(unit, {t.name: inputs[t.name].infos for t in unit.tensors}) <= len(self._buffer)
         self._checked = self._allow_nonfinite
-        self.bytes_read = 0
+        loaded = unit.key in self._places
+        self.bytes_read = sum(info.nbytes for i in self._inputs.values() for info in i.infos) if loaded else 0
+        return self._inputs
 
     def blocks(self) -> Iterator[RowBlock]:
         """The unit's tiles in order. May be called again, once per pass."""
         if self._kept is not None:
             yield from (tile for run in self._kept for tile in run.tiles())
             return
+        position = self._places.get(self._unit.key)
         kept: list[_Run] = []
-        position = offset = 0
+        offset = 0
         for tensor in self._unit.tensors:
-            step = tensor.rows if self._fits else self._rows_that_fit(tensor)
+            step = self._rows_that_fit(tensor) if position is None else tensor.rows
             for first in range(0, tensor.rows, max(step, 1)):
                 rows = min(step, tensor.rows - first)
-                run = self._read(tensor, first, rows, position, offset)
+                if position is None:
+                    self._read(tensor, first, rows)
+                run = self._run(tensor, first, rows, position or 0, offset)
                 yield from run.tiles()
-                if self._fits:
+                if position is not None:
                     position += run_bytes(tensor, self._inputs[tensor.name].infos, rows)
                     kept.append(run)
             offset += tensor.numel
         self._checked = True
-        if self._fits:
+        if position is not None:
             self._kept = kept
 
     def _rows_that_fit(self, tensor: TensorContext) -> int:
         tile = run_bytes(tensor, self._inputs[tensor.name].infos, tensor.tile_rows)
         return max(1, len(self._buffer) // max(tile, 1)) * tensor.tile_rows
 
-    def _read(self, tensor: TensorContext, first: int, rows: int, position: int, offset: int) -> _Run:
-        inputs = self._inputs[tensor.name]
-        views = []
-        for source in inputs.all:
+    def _read(self, tensor: TensorContext, first: int, rows: int) -> None:
+        """Some rows of every input, from the start of the buffer on."""
+        position = 0
+        for source in self._inputs[tensor.name].all:
             row_bytes = source.info.nbytes // tensor.rows
             raw = self._buffer[position : position + rows * row_bytes]
             source.model.read_into(source.info, first * row_bytes, as_bytes(raw))
+            self._advance(len(raw))
+            self.bytes_read += len(raw)
+            position += aligned(len(raw))
+
+    def _run(self, tensor: TensorContext, first: int, rows: int, position: int, offset: int) -> _Run:
+        """Rows that lie in the buffer from `position` on; looked through for NaN and Inf the first time."""
+        inputs = self._inputs[tensor.name]
+        views = []
+        for source in inputs.all:
+            raw = self._buffer[position : position + rows * (source.info.nbytes // tensor.rows)]
             view = raw.view(torch_dtype(source.info.dtype)).view(rows, tensor.columns)
             if not self._checked and source.info.floating:
                 for tile in view.split(tensor.tile_rows):
                     require_finite(tile, source.info, source.model.id)
-            self._advance(len(raw))
-            self.bytes_read += len(raw)
             views.append(view)
             position += aligned(len(raw))
         models = len(views) - len(inputs.fishers)

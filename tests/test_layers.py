@@ -105,6 +105,7 @@ ORDER = [
     "recipe",
     "catalogue",
     "budget",
+    "travel",
     "plan",
     "report",
     "stream",

@@ -14,7 +14,16 @@ from streammerge.calibration.store import (
     open_calibration,
 )
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
-from streammerge.fisher.placement import GROUP_TOKENS, IMPORT_BYTES, FisherRun, fisher_memory
+from streammerge.compatibility import embedding_and_head
+from streammerge.fisher.placement import (
+    GROUP_TOKENS,
+    HEAD_TOKENS,
+    IMPORT_BYTES,
+    FisherRun,
+    fisher_memory,
+    streamed_bytes,
+    walk_reads,
+)
 from streammerge.fisher.store import FisherSettings
 
 _SLACK = 40 << 20
@@ -29,22 +38,56 @@ class CalibrationCost:
         measurements: what is measured.
         tokens: how many, per text.
         host_bytes: expected peak of the process.
-        bytes_to_read: from the models' files.
+        bytes_to_read: from the models' files, at most.
+        bytes_to_stream: of these, over the network.
     """
 
     measurements: tuple[Measurement, ...]
     tokens: int
     host_bytes: int
     bytes_to_read: int
+    bytes_to_stream: int
 
 
 def calibration_cost(
     models: Sequence[Checkpoint], settings: CalibrationSettings, measurements: Sequence[Measurement]
 ) -> CalibrationCost:
     """From headers alone. `models`: the base and the fine-tuned ones."""
+    reads = _reads(models, settings, measurements)
+    return CalibrationCost(
+        measurements=tuple(measurements),
+        tokens=settings.samples * settings.length,
+        host_bytes=_host_bytes(models, settings, measurements),
+        bytes_to_read=sum(sum(of_model.values()) for _, of_model in reads),
+        bytes_to_stream=sum(streamed_bytes(model, of_model) for model, of_model in reads),
+    )
+
+
+def _reads(
+    models: Sequence[Checkpoint], settings: CalibrationSettings, measurements: Sequence[Measurement]
+) -> list[tuple[Checkpoint, dict[str, int]]]:
+    """Bytes of each tensor that every walk reads."""
+    tokens, observed = settings.samples * settings.length, set(measurements) - {"sensitivity"}
+    walking = models[:1] if observed == {"channels"} else models
+    reads = []
+    if observed:
+        reads += [(model, walk_reads(model, tokens, times=1, stay=(), heads=0)) for model in walking]
+    if "mutual_information" in observed and _has_own_head(models[0]):  # then every sample goes by all heads
+        reads += [(model, _head_reads(model, settings.samples)) for model in walking]
+    if "sensitivity" in measurements:  # there and back, as in a Fisher pass, and then in step over every text
+        groups = -(-settings.samples * (settings.length - 1) // HEAD_TOKENS)
+        reads += [(model, walk_reads(model, tokens, times=2, stay=(), heads=groups)) for model in models]
+        for _ in settings.text or [""]:
+            reads += [(model, walk_reads(model, tokens, times=1, stay=(), heads=1)) for model in models]
+    return reads
+
+
+def _host_bytes(
+    models: Sequence[Checkpoint], settings: CalibrationSettings, measurements: Sequence[Measurement]
+) -> int:
+    """Expected peak of the process."""
     base = models[0]
     walking = models[:1] if set(measurements) == {"channels"} else models
-    sizes = [sum(info.nbytes for info in model.tensors.values()) for model in walking]
     prefix = decoder_prefix(base.tensors)
     blocks: dict[int, int] = {}
     columns: dict[int, int] = {}
@@ -59,31 +102,36 @@ def calibration_cost(
             blocks[number] = blocks.get(number, 0) + info.nbytes
             columns[number] = columns.get(number, 0) + info.shape[-1]
             widest = max(widest, info.shape[-2])
-    tokens = settings.samples * settings.length
-    states = (2 * len(walking) + 1) * tokens * hidden * width
+    states = (2 * len(walking) + 1) * settings.samples * settings.length * hidden * width
     # Fitted on the 0.5B and 1.5B shapes: what a group of tokens goes through, and what the allocator keeps.
     block = max(blocks.values(), default=0) + 12 * GROUP_TOKENS * widest + _SLACK
     if "inputs" in measurements:
         block += 2 * len(walking) * settings.rows * max(columns.values(), default=0) * width
     head = 0
-    if "mutual_information" in measurements and _has_head(base):
+    if "mutual_information" in measurements and _has_own_head(base):
         head = settings.length * vocabulary * (2 * len(walking) + 8)
-    host, to_read = IMPORT_BYTES + states + max(block, head), 0
-    if set(measurements) - {"sensitivity"}:
-        to_read += sum(sizes)
-    if "sensitivity" in measurements:  # there and back, as in a Fisher pass, and then in step over every text
-        to_read += (1 + max(len(settings.text), 1)) * sum(sizes) + len(models) * sum(blocks.values())
+    host = IMPORT_BYTES + states + max(block, head)
+    if "sensitivity" in measurements:  # its gradients are taken group by group
         passes = FisherSettings.model_validate(
-            {"samples": settings.samples, "length": settings.length, "compute_dtype": settings.compute_dtype}
+            {
+                "samples": max(1, GROUP_TOKENS // settings.length),
+                "length": settings.length,
+                "compute_dtype": settings.compute_dtype,
+            }
         )
-        memory = [fisher_memory(model, passes) for model in models]
-        begun = IMPORT_BYTES + len(models) * _MODEL_BYTES
-        host = max(host, *(begun + one.block + one.work for one in memory))
-    return CalibrationCost(tuple(measurements), tokens, host, to_read)
+        one = max((fisher_memory(model, passes) for model in models), key=lambda memory: memory.on_cpu)
+        host = max(host, IMPORT_BYTES + len(models) * _MODEL_BYTES + states + one.on_cpu)
+    return host
 
 
-def _has_head(model: Checkpoint) -> bool:
-    return any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in model.tensors)
+def _has_own_head(model: Checkpoint) -> bool:
+    embedding, head = embedding_and_head(model)
+    return embedding is not head
+
+
+def _head_reads(model: Checkpoint, samples: int) -> dict[str, int]:
+    _, head = embedding_and_head(model)
+    return {} if head is None else {head.name: samples * head.nbytes}
 
 
 def check(models: Sequence[Checkpoint], settings: CalibrationSettings, run: FisherRun) -> None:

@@ -128,9 +128,7 @@ class Checkpoint:
 
     def read_into(self, info: TensorInfo, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the tensor's bytes from byte `start` of the tensor on."""
-        if start < 0 or start + len(buffer) > info.nbytes:
-            raise ValueError(f"bytes {start}..{start + len(buffer)} of {info.name!r}, which has {info.nbytes}")
-        self._sources[info.file].read_into(buffer, info.start + start)
+        self.read_many([(info, start, buffer)])
 
     def read_many(self, parts: Iterable[tuple[TensorInfo, int, memoryview]]) -> None:
         """`read_into` for several (tensor, start, buffer), what is adjacent in a file in one go."""

@@ -1,7 +1,7 @@
 """Keeping few shards on disk while a checkpoint is written whose shards leave as soon as they are finished."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from threading import Condition, Event
 
 from streammerge.checkpoints.writer import CheckpointWriter
@@ -10,10 +10,11 @@ _POLL_SECONDS = 0.1
 
 
 class DiskRoom:
-    """Lets the work on a shard begin only while there is room for its file. For several threads.
+    """Lets a piece of work begin only while there is room on disk for the shards it writes to. For several threads.
 
-    Work whose tensors lie in more shards than there may be is let in once nothing else goes on: waiting would not
-    help it.
+    Shards are begun in their order: one ahead of its turn would take the room of one that must be finished first.
+    Work that writes to more shards than there may be is let in when its turn comes and nothing is about to leave:
+    waiting would not help it.
 
     Args:
         writer: writes the shards.
@@ -22,36 +23,40 @@ class DiskRoom:
 
     def __init__(self, writer: CheckpointWriter, limit: int | None) -> None:
         self._writer, self._limit = writer, limit
+        self._order = [shard.file for shard in writer.shards]
         self._file_of = {info.name: shard.file for shard in writer.shards for info in shard.tensors}
         self._tensors_of = {shard.file: [info.name for info in shard.tensors] for shard in writer.shards}
+        self._unfinished: dict[str, Sequence[str]] = {}  # works still to be done, in their order
         self._working: Counter[str] = Counter()  # shard -> how many are at work on it
         self._released: set[str] = set()
         self._failure: BaseException | None = None
         self._changed = Condition()
 
-    def enter(self, names: Iterable[str], stop: Event) -> frozenset[str] | None:
-        """Wait until these tensors may be written.
+    def expect(self, works: Mapping[str, Sequence[str]]) -> None:
+        """Every piece of work to come, in order, with the tensors it writes."""
+        with self._changed:
+            self._unfinished = dict(works)
 
-        Returns:
-            What to hand to `leave` after the work; None where `stop` was set meanwhile.
+    def enter(self, work: str, stop: Event) -> bool:
+        """Wait until the work may begin; False where `stop` was set meanwhile.
 
         Raises:
             BaseException: what `fail` was told.
         """
-        files = frozenset(self._file_of[name] for name in names if not self._writer.is_complete(name))
         with self._changed:
-            while not self._fits(files):
+            files = {self._file_of[name] for name in self._unfinished[work]}
+            while not self._fits(work, files):
                 if stop.is_set():
-                    return None
+                    return False
                 self._changed.wait(_POLL_SECONDS)
             self._working.update(files)
             self._released -= files
-        return files
+        return True
 
-    def leave(self, files: frozenset[str]) -> None:
+    def leave(self, work: str) -> None:
         """The work that `enter` let in is done."""
         with self._changed:
-            self._working -= Counter(files)
+            self._working -= Counter({self._file_of[name] for name in self._unfinished.pop(work)})
             self._changed.notify_all()
 
     def release(self, file: str) -> None:
@@ -66,16 +71,22 @@ class DiskRoom:
             self._failure = error
             self._changed.notify_all()
 
-    def _fits(self, files: frozenset[str]) -> bool:
+    def _fits(self, work: str, files: set[str]) -> bool:
         if self._failure is not None:
             raise self._failure
         if self._limit is None:
             return True
         self._writer.check()
         there = (self._writer.on_disk() | set(self._working)) - self._released
-        if len(there | files) <= self._limit:
+        new = [file for file in self._order if file in files - there]
+        if not new:
             return True
-        return not self._working and not any(self._is_leaving(file) for file in there)
+        if len(there | files) <= self._limit:
+            earlier = {*self._order[: self._order.index(new[-1])]} - there - files
+            if all(self._is_complete(file) for file in earlier):
+                return True
+        return work == next(iter(self._unfinished)) and not any(self._is_complete(file) for file in there)
 
-    def _is_leaving(self, file: str) -> bool:
+    def _is_complete(self, file: str) -> bool:
+        """Whether the shard is on its way out, or gone."""
         return all(self._writer.is_complete(name) for name in self._tensors_of[file])

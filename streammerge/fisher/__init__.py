@@ -8,7 +8,16 @@ from pathlib import Path
 
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
 from streammerge.checkpoints.locate import open_model, require_pinned
-from streammerge.fisher.placement import CUDA_BYTES, IMPORT_BYTES, FisherRun, default_device, fisher_memory
+from streammerge.fisher.placement import (
+    CUDA_BYTES,
+    IMPORT_BYTES,
+    FisherRun,
+    default_device,
+    expected_tokens,
+    fisher_memory,
+    streamed_bytes,
+    walk_reads,
+)
 from streammerge.fisher.store import FisherRecord, FisherSettings
 from streammerge.hub.pull import HubMode
 
@@ -82,6 +91,7 @@ class FisherPlacement:
         device_bytes: expected peak on a GPU; 0 on the CPU.
         host_bytes: expected peak of the process.
         bytes_to_read: from the base's files.
+        bytes_to_stream: of these, over the network.
     """
 
     device: str
@@ -90,6 +100,7 @@ class FisherPlacement:
     device_bytes: int
     host_bytes: int
     bytes_to_read: int
+    bytes_to_stream: int
 
 
 def check(base: Checkpoint, settings: FisherSettings, run: FisherRun) -> None:
@@ -115,8 +126,7 @@ def place(base: Checkpoint, settings: FisherSettings, run: FisherRun) -> FisherP
     memory = fisher_memory(base, settings)
     prefix = decoder_prefix(base.tensors)
     numbers = {number for name in base.tensors if (number := block_index(name, prefix)) is not None}
-    sizes = sum(info.nbytes for name, info in base.tensors.items() if block_index(name, prefix) is not None)
-    outside = sum(info.nbytes for info in base.tensors.values()) - sizes
+    tokens = expected_tokens(base, settings.samples * settings.length)
     name = run.device or default_device()
     on_cpu, stay = name == "cpu", frozenset[int]()
     if not on_cpu or run != FisherRun(run.device, trust_remote_code=run.trust_remote_code) or settings.probe_text:
@@ -124,8 +134,17 @@ def place(base: Checkpoint, settings: FisherSettings, run: FisherRun) -> FisherP
 
         prepared = prepare(base, settings, run)
         on_cpu, stay = prepared.where.type == "cpu", prepared.stay
+        tokens = len(prepared.ids.unique())
     resident = sum(info.nbytes for n, info in base.tensors.items() if block_index(n, prefix) in stay)
     on_device = (memory.on_cpu if on_cpu else memory.on_gpu) + resident
     host = IMPORT_BYTES + (on_device if on_cpu else CUDA_BYTES + 2 * memory.block)
-    to_read = outside + 2 * sizes - resident
-    return FisherPlacement(name, len(stay), len(numbers), 0 if on_cpu else on_device, host, to_read)
+    reads = walk_reads(base, tokens, times=2, stay=stay, heads=2 if settings.all_parameters else 1)
+    return FisherPlacement(
+        device=name,
+        stay=len(stay),
+        blocks=len(numbers),
+        device_bytes=0 if on_cpu else on_device,
+        host_bytes=host,
+        bytes_to_read=sum(reads.values()),
+        bytes_to_stream=streamed_bytes(base, reads),
+    )

@@ -134,8 +134,8 @@ class BlockModel:
         columns = info.shape[1]
         width = info.nbytes // max(info.numel, 1) * columns
         rows = torch.empty(len(ids), width, dtype=torch.uint8)
-        for row, token in zip(rows, ids.tolist(), strict=True):
-            self.base.read_into(info, token * width, as_bytes(row))
+        wanted = zip(rows, ids.tolist(), strict=True)
+        self.base.read_many((info, token * width, as_bytes(row)) for row, token in wanted)
         values = rows.view(torch_dtype(info.dtype)).view(len(ids), columns)
         require_finite(values, info, self.base.id, _REPAIR)
         table.weight = nn.Parameter(values.to(self.device, self.dtype), requires_grad=False)

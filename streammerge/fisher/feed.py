@@ -154,14 +154,16 @@ class BlockFeed:
     def _read(self, index: int, raw: Tensor) -> None:
         first, model = index not in self._seen, self._models[index]
         with self._phases.time("read"):
-            for slot in self._layouts[index].slots:
-                view = slot.view(raw)
-                for part in slot.parts:
-                    values = view.view(-1)[part.start : part.start + part.tensor.numel]
-                    model.read_into(part.tensor, 0, as_bytes(values))
-                    self._phases.read(part.tensor.nbytes)
-                    if first:
-                        require_finite(values, part.tensor, model.id, "repair it: it cannot be walked")
+            parts = [
+                (part.tensor, slot.view(raw).view(-1)[part.start : part.start + part.tensor.numel])
+                for slot in self._layouts[index].slots
+                for part in slot.parts
+            ]
+            model.read_many((tensor, 0, as_bytes(values)) for tensor, values in parts)
+            for tensor, values in parts:
+                self._phases.read(tensor.nbytes)
+                if first:
+                    require_finite(values, tensor, model.id, "repair it: it cannot be walked")
         self._seen.add(index)
 
     def close(self) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
 from streammerge.checkpoints.header import DTYPES
+from streammerge.compatibility import HEAD, embedding_and_head
 from streammerge.fisher.store import FisherSettings
 
 GROUP_TOKENS = 256  # tokens that go through a block together
+HEAD_TOKENS = 512  # tokens that go past the head together
 HEAD_BYTES = 8 << 20  # of the head, at a time
 HEAD_LOGITS = 2 << 20  # of all tokens, at a time
 SQUARES = 3 << 20  # elements of all sequences' gradients at a time
@@ -100,9 +102,49 @@ def fisher_memory(base: Checkpoint, settings: FisherSettings) -> FisherMemory:
     widest = max(thin.values(), default=0)
     # Fitted on the 0.5B, 1.5B and 7B shapes, in bfloat16 and float32: within 6% with 8 samples, 14% with 32.
     through_block = tokens * widest * compute + group * widest * 10 + (tokens * matrix * 4 if compute < 4 else 0)
-    rows = head_rows(hidden * width, tokens)
-    through_head = tokens * (32 * hidden + 44 * rows) + 2 * HEAD_BYTES
+    past = min(tokens, HEAD_TOKENS)
+    rows = head_rows(hidden * width, past)
+    through_head = past * (32 * hidden + 44 * rows) + 12 * (tokens - past) * hidden + 2 * HEAD_BYTES
     return FisherMemory(max(blocks.values(), default=0), max(through_block, through_head) + 12 * SQUARES)
+
+
+def walk_reads(base: Checkpoint, tokens: int, *, times: int, stay: Collection[int], heads: int) -> dict[str, int]:
+    """How many bytes of each tensor a walk through the blocks reads, from headers alone.
+
+    Args:
+        base: the model.
+        tokens: how many rows of its embedding.
+        times: how often the blocks: 1 forward, 2 forward and back, but then the last one once.
+        stay: blocks that are read once.
+        heads: how often the head.
+    """
+    prefix = decoder_prefix(base.tensors)
+    embedding, head = embedding_and_head(base)
+    numbers = {name: block_index(name, prefix) for name in base.tensors}
+    last = max((number for number in numbers.values() if number is not None), default=None)
+    reads = {}
+    for name, info in base.tensors.items():
+        if numbers[name] is not None:
+            reads[name] = info.nbytes * (1 if numbers[name] in stay or numbers[name] == last else times)
+        elif info is embedding:
+            reads[name] = info.nbytes // max(info.shape[0], 1) * min(tokens, info.shape[0])
+        elif name != HEAD:
+            reads[name] = info.nbytes
+        if info is head:
+            reads[name] = reads.get(name, 0) + heads * info.nbytes
+    return reads
+
+
+def expected_tokens(base: Checkpoint, draws: int) -> int:
+    """How many different tokens so many random draws are expected to give."""
+    embedding, _ = embedding_and_head(base)
+    vocabulary = embedding.shape[0] if embedding and embedding.shape else 0
+    return round(vocabulary * (1 - (1 - 1 / vocabulary) ** draws)) if vocabulary else 0
+
+
+def streamed_bytes(base: Checkpoint, reads: Mapping[str, int]) -> int:
+    """Of these reads, what comes over the network."""
+    return sum(count for name, count in reads.items() if base.is_streamed(base.tensors[name]))
 
 
 def head_rows(row_bytes: int, tokens: int) -> int:

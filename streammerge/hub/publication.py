@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from streammerge.checkpoints.room import DiskRoom
 from streammerge.checkpoints.writer import CheckpointWriter
@@ -14,6 +15,7 @@ from streammerge.hub.ledger import Ledger
 from streammerge.hub.settings import PushSettings
 from streammerge.hub.target import UPLOADS, HubTarget, PushedFile
 from streammerge.hub.uploads import Uploads
+from streammerge.schema import build
 
 
 class Publication:
@@ -115,3 +117,18 @@ class Publication:
             for file in error.files:
                 self._uploads.again(file)
             return None
+
+
+def make_publication(push_to_hub: str | PushSettings | Mapping[str, Any] | None) -> Publication | None:
+    """The push that a merge is asked for, in one of the ways it can be; None for none.
+
+    Raises:
+        RecipeError: settings that make no sense.
+    """
+    if push_to_hub is None:
+        return None
+    if isinstance(push_to_hub, str):
+        push_to_hub = {"repository": push_to_hub}
+    if not isinstance(push_to_hub, PushSettings):
+        push_to_hub = build(PushSettings, push_to_hub, "push")
+    return Publication(push_to_hub)

@@ -10,7 +10,8 @@ from typing import TypeVar
 from streammerge.errors import TransferError
 
 ATTEMPTS = 5
-_FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0  # seconds before another attempt
+_FIRST_WAIT, _LONGEST_WAIT = 1.0, 16.0  # seconds before another attempt
+_LONGEST_ASKED = 600.0  # seconds that the Hub may ask for
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _LONGEST_TEXT = 300  # characters of the Hub's own words
 
@@ -43,7 +44,9 @@ def waiting_time(error: BaseException, attempt: int) -> float:
     """Seconds to wait before attempt number `attempt + 1`: what the Hub asks for, else twice as long each time."""
     response = getattr(error, "response", None)
     asked = response.headers.get("Retry-After", "") if response is not None else ""
-    return min(_LONGEST_WAIT, float(asked) if asked.isdigit() else _FIRST_WAIT * 2 ** (attempt - 1))
+    return (
+        min(_LONGEST_ASKED, float(asked)) if asked.isdigit() else min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1))
+    )
 
 
 def status_of(error: BaseException) -> int | None:
@@ -61,8 +64,8 @@ def refusal(where: str, doing: str, error: BaseException) -> TransferError:
         RevisionNotFoundError,
     )
 
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__  # the client's wrapping of an upload's error
+    stored = isinstance(error, RuntimeError) and error.__cause__ is not None  # the client's wrapping of an upload's
+    error = error.__cause__ or error if stored else error
     if isinstance(error, LocalTokenNotFoundError):
         return TransferError(f"{where}: not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
     if isinstance(error, OfflineModeIsEnabled):
@@ -75,15 +78,15 @@ def refusal(where: str, doing: str, error: BaseException) -> TransferError:
             "that may write there (`hf auth login`)"
         )
     status, said = status_of(error), _words(error)
-    if status == 401:
+    if status == 401 and not stored:
         return TransferError(f"{where}: the Hub does not accept the token{said}: log in again with `hf auth login`")
-    if status == 403:
+    if status == 403 and not stored:
         return TransferError(
             f"{where}: {doing}: no right to{said}: use a token that may write there, or propose it with --create-pr"
         )
     if status is not None:
         advice = "; the same command goes on where it was" if status in _TRANSIENT else ""
-        return TransferError(f"{where}: {doing}: the Hub answers {status}{said}{advice}")
+        return TransferError(f"{where}: {doing}: the {'storage' if stored else 'Hub'} answers {status}{said}{advice}")
     return TransferError(f"{where}: {doing}: {type(error).__name__}{said}; the same command goes on where it was")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -35,13 +35,14 @@ def feed(base: Checkpoint, block_model: BlockModel) -> Feed:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The block of every tensor that was read."""
     found: list[int] = []
-    plain = Checkpoint.read_into
+    plain = Checkpoint.read_many
 
-    def counted(self: Checkpoint, info: Any, start: int, buffer: memoryview) -> None:
-        plain(self, info, start, buffer)
-        found.append(int(info.name.split(".")[2]))
+    def counted(self: Checkpoint, parts: Iterable[Any]) -> None:
+        parts = list(parts)
+        plain(self, parts)
+        found.extend(int(info.name.split(".")[2]) for info, _, _ in parts)
 
-    monkeypatch.setattr(Checkpoint, "read_into", counted)
+    monkeypatch.setattr(Checkpoint, "read_many", counted)
     return found
 
 

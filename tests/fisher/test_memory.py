@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -29,13 +29,15 @@ Reads = dict[str, list[tuple[int, int]]]
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """(first byte, length) of every read of a tensor. The fingerprint, 192 bytes of each, does not count."""
     found: Reads = {}
-    plain = Checkpoint.read_into
+    plain = Checkpoint.read_many
 
-    def counted(self: Checkpoint, info: Any, start: int, buffer: memoryview) -> None:
-        found.setdefault(info.name, []).append((start, len(buffer)))
-        plain(self, info, start, buffer)
+    def counted(self: Checkpoint, parts: Iterable[Any]) -> None:
+        parts = list(parts)
+        for info, start, buffer in parts:
+            found.setdefault(info.name, []).append((start, len(buffer)))
+        plain(self, parts)
 
-    monkeypatch.setattr(Checkpoint, "read_into", counted)
+    monkeypatch.setattr(Checkpoint, "read_many", counted)
     monkeypatch.setattr(Checkpoint, "fingerprint", lambda self: "")
     return found
 

@@ -1,8 +1,10 @@
 """What the tests of pushing share: users, a merge, and looks at the Hub."""
 
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tiny_models import Models
 
@@ -13,6 +15,7 @@ READER, STRANGER = "hf_reader", "hf_stranger"
 USERS = {TOKEN: User("me", ("org",)), READER: User("reader", ("org",), can_write=False), STRANGER: User("stranger")}
 
 Merge = Callable[..., dict[str, Any]]
+Found = TypeVar("Found")
 
 
 def recipe(pair: Models, **values: Any) -> dict[str, Any]:
@@ -40,3 +43,25 @@ def uploads(hub: Hub) -> list[str]:
     """The SHA-256 of every object whose bytes were taken, in order; parts count each."""
     puts = [e.path for e in hub.record if e.method == "PUT" and e.host == "storage" and e.status == 200]
     return [path.split("/")[4] for path in puts]
+
+
+def sampled(folder: Path, work: Callable[[], Found]) -> tuple[Found, list[set[str]]]:
+    """What a call returns, and what shards of a merge lay below a folder meanwhile, looked at over and over."""
+    seen: list[set[str]] = []
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            walk = [(Path(place), names) for place, _, names in os.walk(folder)]
+            walk = [w for w in walk if w[0].name == ".streammerge" and not w[0].parent.name.startswith("fisher")]
+            shards = {name for _, names in walk for name in names if name.endswith(".safetensors")}
+            if not seen or seen[-1] != shards:
+                seen.append(shards)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        return work(), seen
+    finally:
+        done.set()
+        watcher.join()

@@ -1,13 +1,10 @@
 """A merge that is pushed while it runs: the same bytes, one commit, two shards on disk."""
 
 import json
-import os
-import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub.pushing import STRANGER, TOKEN, Merge, folder_content, history, pushed, recipe, uploads
+from hub.pushing import STRANGER, TOKEN, Merge, folder_content, history, pushed, recipe, sampled, uploads
 from tiny_models import Models
 
 import streammerge
@@ -50,34 +47,13 @@ def test_large_shards_go_in_parts(hub: Hub, merge: Merge, local: dict[str, bytes
     assert any(e.path.endswith("/3") and e.host == "storage" for e in hub.record)
 
 
-def sampled(folder: Path, work: Callable[[], object]) -> list[set[str]]:
-    """What shards lay in a folder, looked at over and over while `work` ran."""
-    seen: list[set[str]] = []
-    done = threading.Event()
-
-    def look() -> None:
-        while not done.is_set():
-            there = {name for _, _, names in os.walk(folder) for name in names if name.endswith(".safetensors")}
-            if not seen or seen[-1] != there:
-                seen.append(there)
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    try:
-        work()
-    finally:
-        done.set()
-        watcher.join()
-    return seen
-
-
 @pytest.mark.parametrize("threads", [1, 4])
 def test_at_no_moment_do_more_than_two_shards_lie_on_disk(
     hub: Hub, saved_models: Models, local: dict[str, bytes], tmp_path: Path, threads: int
 ) -> None:
     hub.misbehave(Fault("stall", path="/upload/*", seconds=0.1, times=None))  # the merge is the faster one
     job = recipe(saved_models)
-    seen = sampled(tmp_path, lambda: streammerge.merge(job, push_to_hub="org/new", threads=threads))
+    _, seen = sampled(tmp_path, lambda: streammerge.merge(job, push_to_hub="org/new", threads=threads))
     assert pushed(hub) == local
     assert max(map(len, seen)) == 2  # and one is merged while another is uploaded
     assert len(set().union(*seen)) == len([name for name in local if name.endswith(".safetensors")])

@@ -1,0 +1,121 @@
+"""From the Hub to the Hub, in processes of their own: by byte ranges in, by LFS or Xet out, and what stays secret."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hub.pushing import TOKEN, USERS, folder_content, history, pushed, sampled
+from tiny_models import Models, Run
+
+from streammerge.testing import Fault, Hub
+
+LOUD = """
+import logging, sys
+logging.basicConfig(level=1, filename=sys.argv.pop(1))
+from streammerge.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+Start = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def hub(saved_models: Models) -> Iterator[Hub]:
+    """The models in private repositories."""
+    with Hub(USERS) as running:
+        for name, folder in saved_models._asdict().items():
+            running.add(f"org/{name}", folder)
+            running.repositories[f"org/{name}"].private = True
+        yield running
+
+
+@pytest.fixture
+def start(hub: Hub, tmp_path: Path) -> Start:
+    """`streammerge` with everything logged, into `tmp_path / "log"`."""
+
+    def call(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        settings = hub.environment() | {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "TMPDIR": str(tmp_path)}
+        return subprocess.run(
+            [sys.executable, "-c", LOUD, "log", *map(str, arguments)],
+            env=kept | settings | environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return call
+
+
+SHARDED = ("--max-shard-size", "6KB", "-q")
+PAIR = ("--base", "org/base", "--ft", "org/ft", "--hub-mode", "stream", *SHARDED)
+
+
+@pytest.fixture
+def local(saved_models: Models, tmp_path: Path, run: Run) -> Callable[..., dict[str, bytes]]:
+    """The weights of the same merge of local folders."""
+
+    def call(*options: object) -> dict[str, bytes]:
+        out = tmp_path / "local"
+        result = run("--base", saved_models.base, "--ft", saved_models.ft, *SHARDED, "--out", out, *options)
+        assert result.code == 0, result.err
+        return {name: raw for name, raw in folder_content(out).items() if ".safetensors" in name}
+
+    return call
+
+
+def weights(hub: Hub) -> dict[str, bytes]:
+    return {name: raw for name, raw in pushed(hub).items() if ".safetensors" in name}
+
+
+@pytest.mark.parametrize("xet", [False, True], ids=["LFS", "Xet"])
+def test_fim_ties_by_byte_ranges_in_and_shard_by_shard_out(
+    hub: Hub, start: Start, local: Callable[..., dict[str, bytes]], tmp_path: Path, xet: bool
+) -> None:
+    hub.misbehave(Fault("stall", path="/upload/*", seconds=0.05, times=None))
+    planned = start("plan", *PAIR[:-1], "--device", "cpu", "--json")
+    assert planned.returncode == 0, planned.stderr
+    announced = json.loads(planned.stdout)["from_hub"]["total"]
+    hub.record.clear()
+
+    command = (*PAIR, "--device", "cpu", "--push-to-hub", "org/new")
+    result, seen = sampled(tmp_path, lambda: start(*command, HF_HUB_DISABLE_XET="0" if xet else "1"))
+    assert result.returncode == 0, result.stderr
+    assert weights(hub) == local("--device", "cpu")
+    assert history(hub) == ["Upload a merge by fim_ties", "initial commit"]
+    assert max(map(len, seen)) == 2 and len(set().union(*seen)) > 3
+    kinds = {e.endpoint for e in hub.record}
+    assert ("xorb-upload" in kinds, "upload" in kinds) == (xet, not xet)
+    read = sum(e.served for e in hub.record if "/org/new" not in e.path and e.method == "GET")
+    assert abs(read - announced) <= announced / 100
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("way", ["pushed", "refused", "stopped"])
+@pytest.mark.parametrize("xet", [False, True], ids=["LFS", "Xet"])
+def test_the_token_is_nowhere(hub: Hub, start: Start, tmp_path: Path, way: str, xet: bool) -> None:
+    if way == "refused":
+        hub.misbehave(Fault("status", path="*/commit/*", status=400, times=None))
+    elif way == "stopped":
+        hub.misbehave(Fault("status", path="*/preupload/*", status=403, times=None, after=1))
+    loud = {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "RUST_LOG": "debug", "HF_HUB_DISABLE_XET": "01"[not xet]}
+    options = ("-m", "task_arithmetic", "--push-to-hub", "org/new", "--private", "--debug")
+    result = start(*PAIR, *options, **loud)
+    assert result.returncode == (0 if way == "pushed" else 1), result.stderr
+    if way != "pushed":
+        assert "Traceback" in result.stderr
+    assert len((tmp_path / "log").read_text()) > 10_000
+    secret = TOKEN.encode()
+    left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert [path for path, raw in left.items() if secret in raw] == []
+    assert TOKEN not in result.stdout + result.stderr
+    assert [path for path in hub.folder.rglob("*") if path.is_file() and secret in path.read_bytes()] == []
+    assert not [e for e in hub.record if TOKEN in e.path + e.query]
+    assert not [e for e in hub.record if e.host == "storage" and TOKEN in (e.authorization or "")]
+    assert any(e.authorization == f"Bearer {TOKEN}" for e in hub.record)
