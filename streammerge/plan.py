@@ -183,9 +183,14 @@ class MergePlan:
         inputs = [(self.base, self.base.tensors[tensor.name]), *self.expert_inputs(tensor)]
         return sum(info.nbytes for model, info in inputs if model.is_streamed(info))
 
-    def summary(self, run: FisherRun | None = None) -> dict[str, Any]:
-        """What `streammerge plan` prints; `run`: how a Fisher pass would be run."""
-        merges = IMPORT_BYTES + self.budget.total
+    def summary(self, run: FisherRun | None = None, push_bytes: int = 0) -> dict[str, Any]:
+        """What `streammerge plan` prints.
+
+        Args:
+            run: how a Fisher pass would be run.
+            push_bytes: host memory that pushing takes meanwhile.
+        """
+        merges = IMPORT_BYTES + self.budget.total + push_bytes
         run = run or FisherRun()
         measured = [] if self.fishers else self.of_fishers
         placed = [place(model, self.recipe.fisher, run) for model in measured]
