@@ -1,6 +1,7 @@
 """Memory of the Hub's client beside a merge, and of hf_xet, its transport in Rust, kept to what can be spared."""
 
 import os
+from importlib.util import find_spec
 
 # Read when hf_xet makes its session; by default the buffers grow with the machine, to gigabytes.
 _LIMITS = {
@@ -29,9 +30,9 @@ def push_bytes() -> int:
 
     Measured: 250 to 275 MiB for any size of file and speed of the network, a few blocks of 64 MB on their way.
     """
-    from huggingface_hub.utils import is_xet_available
+    from huggingface_hub.constants import HF_HUB_DISABLE_XET
 
-    return _CLIENT_BYTES + (_XET_BYTES if is_xet_available() else 0)
+    return _CLIENT_BYTES + (0 if HF_HUB_DISABLE_XET or find_spec("hf_xet") is None else _XET_BYTES)
 
 
 _CLIENT_BYTES = 20 << 20
