@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub.conftest import Run
+from hub.pull.conftest import Run
 from make_checkpoints import SHAPES, make_pair
 from tiny_models import Result, content
 from tiny_models import Run as InProcess

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hub.conftest import TOKEN
+from hub.pull.conftest import TOKEN
 from huggingface_hub import constants
 
 from streammerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint
