@@ -184,8 +184,13 @@ class MergePlan:
         inputs = [(self.base, self.base.tensors[tensor.name]), *self.expert_inputs(tensor)]
         return sum(info.nbytes for model, info in inputs if model.is_streamed(info))
 
-    def summary(self, run: FisherRun | None = None) -> dict[str, Any]:
-        """What `streammerge plan` prints; `run`: how a Fisher pass would be run."""
+    def summary(self, run: FisherRun | None = None, push_bytes: int = 0) -> dict[str, Any]:
+        """What `streammerge plan` prints.
+
+        Args:
+            run: how a Fisher pass would be run.
+            push_bytes: host memory that pushing takes meanwhile.
+        """
         run = run or FisherRun()
         measured = [] if self.fishers else self.of_fishers
         placed = [place(model, self.recipe.fisher, run) for model in measured]
@@ -193,7 +198,7 @@ class MergePlan:
         travel = self.travel(placed, calibration)
         passes_host = [fisher.host_bytes for fisher in placed] + ([calibration.host_bytes] if calibration else [])
         imported = WITH_TRANSFORMERS if passes_host else IMPORT_BYTES  # one process does it all
-        merges = imported + self.budget.total
+        merges = imported + self.budget.total + push_bytes
         return {
             "method": self.recipe.method,
             "parameters_of_method": self.resolved.parameters,

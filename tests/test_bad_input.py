@@ -34,6 +34,7 @@ from tiny_models import (
     tensors,
 )
 
+from streammerge.checkpoints.files import Files
 from streammerge.checkpoints.work import WorkFolder
 from streammerge.checkpoints.writer import CheckpointWriter
 
@@ -710,8 +711,8 @@ def _any_dict(where: str) -> type:
     return dict
 
 
-def _map(path: Path, where: str) -> dict[str, str]:
-    weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
+def _map(files: Files) -> dict[str, str]:
+    weight_map: dict[str, str] = json.loads(files.text(INDEX))["weight_map"]
     return weight_map
 
 

@@ -217,7 +217,8 @@ def test_planning_local_models_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom streammerge.cli import main\n"
         f"status = main(['plan', '--base', {str(base)!r}, '--ft', {str(ft)!r}])\n"
-        "print(status, [name for name in ('torch', 'transformers') if name in sys.modules])"
+        "heavy = ('torch', 'transformers', 'huggingface_hub', 'httpx2')\n"
+        "print(status, [name for name in heavy if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "0 []"

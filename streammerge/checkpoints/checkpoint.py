@@ -27,7 +27,7 @@ _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot"),
     *(".tflite", ".mlmodel", ".index.json"),
 )
-_ENTRY_BYTES = 100  # of a header, for one tensor, besides its name
+_FRAME_BYTES, _ENTRY_BYTES = 56, 84  # of a header, and of its entry for one tensor, besides the name
 _PART = re.compile(r"-\d+-of-(?!0*1\.)\d+\.safetensors$")  # one of several: alone it is not a model
 
 
@@ -293,7 +293,7 @@ def _quoted(files: Files) -> str:
 
 def _guess_headers(names: Iterable[str], weight_map: Mapping[str, str] | None) -> dict[str, int]:
     """About how many bytes of each file are its header, from the names of the tensors in it; 0: not known."""
-    guesses = dict.fromkeys(names, 0)
+    guesses = dict.fromkeys(names, _FRAME_BYTES if weight_map else 0)
     for tensor, file in (weight_map or {}).items():
         guesses[file] += len(tensor.encode()) + _ENTRY_BYTES
     return guesses

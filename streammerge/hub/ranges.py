@@ -151,12 +151,12 @@ class _Piece:
 
     def fetch(self, stop: Event) -> None:
         """Raises CheckpointError or TransferError naming model, file and range."""
-        persist(self._where, self._attempt, stop, lambda: self._at - self._begin >= PROGRESS_BYTES)
+        persist(self._where, lambda: self._attempt(stop), stop, lambda: self._at - self._begin >= PROGRESS_BYTES)
 
     def _where(self) -> str:
         return f"{self._remote.where}, bytes {self._at}-{self._stop - 1}"
 
-    def _attempt(self) -> None:
+    def _attempt(self, stop: Event) -> None:
         self._begin = self._at
         if self._at == self._stop:
             return
@@ -165,6 +165,8 @@ class _Piece:
             self._check(response)
             for chunk in response.iter_raw() if self._at < self._stop else ():
                 self._take(chunk)
+                if stop.is_set():
+                    return  # nobody waits for it
                 spent = time.monotonic() - began
                 if spent > SLOW_SECONDS and self._at - self._begin < SLOW_RATE * spent:
                     raise PassingError(f"{self._at - self._begin} bytes in {spent:.0f} seconds")

@@ -97,7 +97,7 @@ class Remote:
             with self.get({}) as response:
                 if response.status_code != 200:
                     raise PassingError(f"answered {response.status_code} instead of 200")
-                for chunk in response.iter_raw():
+                for chunk in response.iter_bytes():  # decoded, where a proxy compresses texts unasked
                     self.tally.add(len(chunk))
                     found += chunk
                     if len(found) > limit:

@@ -20,6 +20,7 @@ from streammerge.fisher import FisherRun, fisher, place
 from streammerge.fisher.blocks import BlockModel
 from streammerge.fisher.device_map import blocks_that_stay, room_for_blocks
 from streammerge.fisher.placement import HEAD_BYTES, HEAD_LOGITS, default_device, fisher_memory, head_rows
+from streammerge.fisher.probes import random_tokens
 
 CPU = torch.device("cpu")
 
@@ -226,11 +227,16 @@ def test_a_map_that_is_not_there_is_refused(block_model: BlockModel, tmp_path: P
 
 
 def test_the_placement_of_a_pass(base: Checkpoint, tmp_path: Path) -> None:
-    sizes, every = block_bytes(base), sum(info.nbytes for info in base.tensors.values())
-    streamed = place(base, settings(), FisherRun("cpu"))
+    sizes = block_bytes(base)
+    streamed = place(base, settings(samples=2, length=9), FisherRun("cpu"))
     assert (streamed.device, streamed.stay, streamed.blocks, streamed.device_bytes) == ("cpu", 0, 3, 0)
-    assert streamed.bytes_to_read == every + sum(sizes)
+    norm, embedding = base.info("model.norm.weight"), base.info("model.embed_tokens.weight")
+    rows = len(random_tokens(97, 2, 9, 42).unique()) * embedding.nbytes // 97
+    expected = 2 * sum(sizes[:-1]) + sizes[-1] + norm.nbytes + rows + embedding.nbytes  # tied: the head is all of it
+    assert streamed.bytes_to_read == pytest.approx(expected, abs=2 * embedding.nbytes // 97)
+    assert streamed.bytes_to_stream == 0
     (tmp_path / "map.json").write_text('{"": "disk", "model.layers.1": "cpu"}')
-    mapped = place(base, settings(), FisherRun("cpu", device_map=str(tmp_path / "map.json")))
-    assert (mapped.stay, mapped.bytes_to_read) == (1, streamed.bytes_to_read - sizes[1])
+    mapped = place(base, settings(samples=2, length=9), FisherRun("cpu", device_map=str(tmp_path / "map.json")))
+    assert mapped.stay == 1
+    assert mapped.bytes_to_read == expected - sizes[1], "the tokens were drawn for it"
     assert mapped.host_bytes == streamed.host_bytes + sizes[1]

@@ -125,9 +125,12 @@ def test_the_commands_of_a_merge(hub: Hub, run: Run, saved_models: Models, local
     told = f"26 tensors merged, 0 copied from the base: 23.4 KB\npushed: {hub.url}/org/new/commit/{commit}\n"
     assert result.out.splitlines()[1:] == told.splitlines()[1:] and " in " not in result.out
     assert pushed(hub) == local
-    plan = run("plan", *pair, "--push-to-hub", "org/new", "--revision", "next")
+    target = ("--push-to-hub", "org/new", "--revision", "next")
+    plan = run("plan", *pair, *target)
     assert plan.code == 0, plan.err
     assert "next" not in hub.repositories["org/new"].branches
+    peaks = [json.loads(run("plan", *pair, *more, "--json").out)["peak_host_bytes"] for more in ((), target)]
+    assert peaks[1] - peaks[0] == 20 << 20  # the client; hf_xet, which is switched off here, would take more
     refused = run("plan", *pair, "--push-to-hub", "them/new", "--parent-commit", 40 * "0")
     assert refused.code == 1 and "there is no such repository yet" in refused.err
     for options, words in (
