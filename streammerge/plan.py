@@ -202,6 +202,7 @@ class MergePlan:
         return {
             "method": self.recipe.method,
             "parameters_of_method": self.resolved.parameters,
+            "aim": self.recipe.aim,
             "base": self.base.id,
             "models": [
                 {"model": expert.id, **values}
@@ -281,7 +282,7 @@ def plan(
         matches = match_experts(base, experts)
         method = resolved.method
         _refuse_useless_fisher(recipe, method)
-        check_texts(recipe.calibration, method.calibration, 1 + len(experts), recipe.method)
+        check_texts(recipe.calibration, method.calibration, 1 + len(experts), recipe.named_method)
         prefix = decoder_prefix(base.tensors)
         shards = plan_shards(
             ((name, info.dtype, info.shape) for name, info in base.tensors.items()), recipe.max_shard_bytes

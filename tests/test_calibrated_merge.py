@@ -159,7 +159,7 @@ def test_another_text_does_not_finish_it(family: Make, run: Run, stopped: Any) -
     ("options", "message"),
     [
         (("-m", "regmean"), "method regmean needs a calibration text: give --calibration FILE"),
-        (("-m", "ties", "--aim", "0.4"), "method ties needs a calibration text"),
+        (("-m", "ties", "--aim", "0.4"), "method ties with --aim needs a calibration text"),
         (("-m", "ties", "--calibration", "x"), "method ties with these parameters uses no calibration text"),
         (("-m", "regmean", "--calibration", "missing"), "--calibration missing: No such file"),
         (("-m", "regmean", "--calibration", "x", "--calibration-samples", "0"), "calibration.samples"),

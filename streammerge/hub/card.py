@@ -87,7 +87,7 @@ def model_card(plan: MergePlan, result: Mapping[str, Any], licences: Sequence[Li
 
 def coefficient_plot(result: Mapping[str, Any]) -> bytes | None:
     """A PNG of the merge coefficients over the blocks; None without coefficients, or without matplotlib."""
-    rows = [row for row in result["blocks"] if row["alpha"] is not None]
+    rows = [row for row in result["blocks"] if row.get("alpha") is not None]
     if not rows or find_spec("matplotlib") is None:
         return None
     from matplotlib.figure import Figure  # without pyplot: no window, no state outside the figure
@@ -106,7 +106,7 @@ def coefficient_plot(result: Mapping[str, Any]) -> bytes | None:
             color="black",
             linewidth=1,
             markersize=4,
-            label=None if expert is None else str(expert).replace("$", r"\$"),
+            label=None if expert is None else _plain(str(expert)).replace("$", r"\$"),
         )
     if len(experts) > 1:
         axis.legend(fontsize=8)

@@ -94,6 +94,14 @@ class Sens(Method):
     def report(self, tensor: TensorContext, results: Results) -> dict[str, Any]:
         return {"coefficient": self._coefficients(tensor)}
 
+    def block_table(self) -> list[dict[str, Any]]:
+        rows = []
+        for name, expert, scales in zip(self.model.experts, self.experts, self._by_block, strict=True):
+            for block, scale in sorted(scales.items()):
+                row: dict[str, Any] = {"block": block, "alpha": expert.coefficient * scale}
+                rows.append(row | ({"expert": name} if len(self.experts) > 1 else {}))
+        return rows
+
     def _coefficients(self, tensor: TensorContext) -> list[float]:
         return [
             expert.coefficient
