@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -90,6 +91,16 @@ def coefficient_plot(result: Mapping[str, Any]) -> bytes | None:
     rows = [row for row in result["blocks"] if row["alpha"] is not None]
     if not rows or find_spec("matplotlib") is None:
         return None
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # not that its settings and fonts have no home to be kept in
+    try:
+        return _draw(rows)
+    finally:
+        logger.setLevel(level)
+
+
+def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
     from matplotlib.figure import Figure  # without pyplot: no window, no state outside the figure
     from matplotlib.ticker import MaxNLocator
 
