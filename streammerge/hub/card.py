@@ -117,7 +117,7 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
             color="black",
             linewidth=1,
             markersize=4,
-            label=None if expert is None else str(expert).replace("$", r"\$"),
+            label=f"{number + 1}: {_drawable(expert)}",
         )
     if len(experts) > 1:
         axis.legend(fontsize=8)
@@ -128,6 +128,11 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
     return content.getvalue()
+
+
+def _drawable(name: str | None) -> str:
+    """A model's name in characters that every font has, and none that would begin a formula."""
+    return "".join(c if c.isascii() and c.isprintable() and c != "$" else "?" for c in str(name))
 
 
 def _origin(result: Mapping[str, Any]) -> dict[str, Any]:
