@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -90,6 +91,16 @@ def coefficient_plot(result: Mapping[str, Any]) -> bytes | None:
     rows = [row for row in result["blocks"] if row.get("alpha") is not None]
     if not rows or find_spec("matplotlib") is None:
         return None
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # not that its settings and fonts have no home to be kept in
+    try:
+        return _draw(rows)
+    finally:
+        logger.setLevel(level)
+
+
+def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
     from matplotlib.figure import Figure  # without pyplot: no window, no state outside the figure
     from matplotlib.ticker import MaxNLocator
 
@@ -106,7 +117,7 @@ def coefficient_plot(result: Mapping[str, Any]) -> bytes | None:
             color="black",
             linewidth=1,
             markersize=4,
-            label=None if expert is None else _plain(str(expert)).replace("$", r"\$"),
+            label=f"{number + 1}: {_drawable(expert)}",
         )
     if len(experts) > 1:
         axis.legend(fontsize=8)
@@ -117,6 +128,11 @@ def coefficient_plot(result: Mapping[str, Any]) -> bytes | None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
     return content.getvalue()
+
+
+def _drawable(name: str | None) -> str:
+    """A model's name in characters that every font has, and none that would begin a formula."""
+    return "".join(c if c.isascii() and c.isprintable() and c != "$" else "?" for c in str(name))
 
 
 def _origin(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -167,6 +167,13 @@ def test_the_plot_of_the_coefficients(saved_models: Models, tmp_path: Path, monk
     assert PLOT_FILE not in (tmp_path / "without" / "README.md").read_text()
 
 
+def test_names_of_all_kinds_can_be_drawn() -> None:
+    pytest.importorskip("matplotlib")
+    names = ("plain", "_x", "$x$", "\u6f22\u5b57", "\x1b[31m", None)
+    rows = [{"block": block, "alpha": 0.5, "expert": name} for name in names for block in (0, 1, 1)]
+    assert coefficient_plot({"blocks": rows})
+
+
 def test_no_plot_without_coefficients(local: dict[str, bytes]) -> None:
     assert PLOT_FILE not in local
     assert coefficient_plot({"blocks": [{"block": 0, "alpha": None}]}) is None
