@@ -85,7 +85,7 @@ class Downloads:
         with self._lock:
             first, self._begun = not self._begun, True
         if first:
-            limit_xet_memory()
+            _limit_buffers()
             with _cache_errors(self._where("config.json")):
                 self._pinned.remember()
             for text in self._texts:
@@ -123,6 +123,14 @@ class _cache_errors:  # noqa: N801 - used like a function
                 f"{self._where}: cannot be written into the Hub's cache ({error.strerror}): set HF_HOME to a folder "
                 "with room, or take --hub-mode stream"
             ) from error
+
+
+def _limit_buffers() -> None:
+    """Before the client's first transfer."""
+    from huggingface_hub import constants
+
+    limit_xet_memory()
+    constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, _CHUNK_BYTES)
 
 
 def _bar(progress: bool) -> Any:
