@@ -15,6 +15,7 @@ from streammerge.hub.xet import limit_xet_memory
 
 _TEXTS = (".json", ".txt", ".model", ".jinja", ".py")  # what transformers reads of a model besides its weights
 _MOST_TEXT_BYTES = 100_000_000
+_CHUNK_BYTES = 1 << 20  # of a plain download; ten times as much by default, and several of it at once
 
 
 class Downloads:
