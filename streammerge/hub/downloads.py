@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Semaphore, Thread
 from typing import Any
 
 from streammerge.errors import TransferError
@@ -16,6 +16,7 @@ from streammerge.hub.xet import limit_xet_memory
 _TEXTS = (".json", ".txt", ".model", ".jinja", ".py")  # what transformers reads of a model besides its weights
 _MOST_TEXT_BYTES = 100_000_000
 _CHUNK_BYTES = 1 << 20  # of a plain download; ten times as much by default, and several of it at once
+_at_once = Semaphore(2)  # of the whole process: every download holds tens of megabytes in the client
 
 
 class Downloads:
@@ -98,7 +99,7 @@ class Downloads:
         def attempt() -> Path:
             from huggingface_hub import hf_hub_download
 
-            with _cache_errors(where), hub_errors(f"model {self._pinned.id}", where):
+            with _at_once, _cache_errors(where), hub_errors(f"model {self._pinned.id}", where):
                 return Path(
                     hf_hub_download(
                         self._pinned.id, name, revision=self._pinned.commit, tqdm_class=_bar(self._progress)
