@@ -6,7 +6,8 @@ import ctypes
 import sys
 from typing import Any
 
-_M_ARENA_MAX = -8  # of malloc.h
+_M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3  # of malloc.h
+_LARGE = 2 << 20
 
 
 def one_heap() -> None:
@@ -19,11 +20,18 @@ def one_heap() -> None:
         libc.mallopt(_M_ARENA_MAX, 1)
 
 
-def give_back() -> None:
-    """Hand what is free of the heap back to the system.
+def large_buffers_apart() -> None:
+    """Have every buffer of 2 MiB or more go back to the system as soon as it is freed, from now on.
 
-    To give every large buffer back at once would cost a tenth of the time, in page faults; now and then costs nothing.
+    For work whose buffers come in many sizes, which a heap cannot put to use again: measured on the sensitivities of
+    the 1.5B shape, 100 MiB less. A Fisher pass does without: it would take a tenth of its time, in page faults.
     """
+    if libc := _glibc():
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
+
+def give_back() -> None:
+    """Hand what is free of the heap back to the system."""
     if libc := _glibc():
         libc.malloc_trim(0)
 

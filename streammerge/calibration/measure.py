@@ -35,7 +35,7 @@ from streammerge.fisher.blocks import BlockModel
 from streammerge.fisher.measure import compute_dtype, find_device, token_digest
 from streammerge.fisher.phases import Phases
 from streammerge.fisher.placement import FisherRun, default_device
-from streammerge.heap import give_back, one_heap
+from streammerge.heap import give_back, large_buffers_apart, one_heap
 from streammerge.progress import progress_bar
 from streammerge.workers import Workers, single_threaded_torch
 
@@ -84,6 +84,7 @@ def measure(
     """
     phases = phases or Phases()
     one_heap()
+    large_buffers_apart()
     prepared = prepare(models, settings, run)
     tensors: dict[str, str] = {}
 

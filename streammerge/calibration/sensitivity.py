@@ -24,6 +24,7 @@ from streammerge.fisher.reduction import Reduction
 from streammerge.fisher.squares import GradientHooks
 from streammerge.fisher.state import WalkState
 from streammerge.fisher.walk import Walk
+from streammerge.heap import give_back
 from streammerge.workers import Workers
 
 _PIECE = 1 << 20  # elements of a gradient looked at together
@@ -129,6 +130,7 @@ class WeightedGradients(Reduction):
             weight = self._model.model.get_parameter(name).detach().view(-1)
             self._parts.setdefault(name, []).extend(self._sum(factor, weight) for factor in of_parameter)
         factors.clear()
+        give_back()  # what the group left; the next one needs as much in other pieces
 
     def finish(
         self, parameters: Iterable[str], factors: Mapping[str, list[Factors]], sums: Mapping[str, Tensor]
