@@ -22,8 +22,10 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -163,7 +165,10 @@ def require(condition: bool, otherwise: str) -> None:
 
 
 def peak() -> float:
-    """The process's own peak in bytes, as the kernel has it."""
+    """The process's own peak in bytes, as the kernel has it; `ru_maxrss` would begin with that of the parent."""
+    with suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")))
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
 

@@ -147,6 +147,8 @@ def describe(name: str) -> Description:
         ValueError: its docstring lacks something, a mistake of whoever wrote the method.
     """
     name = name.replace("-", "_")
+    if name == "aim":
+        raise RecipeError("aim is no method of its own but a post-step of any: --aim OMEGA, see docs/methods.md")
     if name not in METHODS:
         raise RecipeError(f"there is no method {name!r}: {suggest(name, METHODS)}")
     cls = METHODS[name]

@@ -321,7 +321,9 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             print(f"streammerge: error: {_printable(str(error))}", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            print("streammerge: stopped; the same command goes on where it was", file=sys.stderr)
+            resumes = command.__name__ in ("merge", "fisher", "push")
+            advice = "; the same command goes on where it was" if resumes else ""
+            print(f"streammerge: stopped{advice}", file=sys.stderr)
             raise typer.Exit(130) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -24,6 +24,7 @@ from streammerge.fisher import check as check_fisher
 from streammerge.fisher import fisher as measure_fisher
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FISHER_FILE, FisherRecord, check_same_base, open_fisher
+from streammerge.heap import give_back
 from streammerge.hub.card import PLOT_FILE, Licence, coefficient_plot, model_card, stated_licence
 from streammerge.hub.commit import Pushed
 from streammerge.hub.publication import Publication, make_publication
@@ -124,6 +125,8 @@ def merge(
                     run,
                     progress=progress,
                 )
+            if unmeasured or job.method.calibration:
+                give_back()  # the models that were walked
             result, files, pushed = _write(job, writer, sources, licences, push, progress)
             if keep:
                 writer.publish(files)

@@ -18,6 +18,7 @@ from streammerge.checkpoints.locate import open_model
 from streammerge.compatibility import Match, match_experts, refuse_quantised
 from streammerge.errors import RecipeError
 from streammerge.fisher import FisherPlacement, place
+from streammerge.fisher.placement import IMPORT_BYTES as WITH_TRANSFORMERS
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import STORED_AS, FisherRecord, FisherSettings, open_fisher
 from streammerge.hub.pull import HubMode
@@ -190,16 +191,18 @@ class MergePlan:
             run: how a Fisher pass would be run.
             push_bytes: host memory that pushing takes meanwhile.
         """
-        merges = IMPORT_BYTES + self.budget.total + push_bytes
         run = run or FisherRun()
         measured = [] if self.fishers else self.of_fishers
         placed = [place(model, self.recipe.fisher, run) for model in measured]
         calibration = self._calibration_cost()
         travel = self.travel(placed, calibration)
         passes_host = [fisher.host_bytes for fisher in placed] + ([calibration.host_bytes] if calibration else [])
+        imported = WITH_TRANSFORMERS if passes_host else IMPORT_BYTES  # one process does it all
+        merges = imported + self.budget.total + push_bytes
         return {
             "method": self.recipe.method,
             "parameters_of_method": self.resolved.parameters,
+            "aim": self.recipe.aim,
             "base": self.base.id,
             "models": [
                 {"model": expert.id, **values}
@@ -279,7 +282,7 @@ def plan(
         matches = match_experts(base, experts)
         method = resolved.method
         _refuse_useless_fisher(recipe, method)
-        check_texts(recipe.calibration, method.calibration, 1 + len(experts), recipe.method)
+        check_texts(recipe.calibration, method.calibration, 1 + len(experts), recipe.named_method)
         prefix = decoder_prefix(base.tensors)
         shards = plan_shards(
             ((name, info.dtype, info.shape) for name, info in base.tensors.items()), recipe.max_shard_bytes

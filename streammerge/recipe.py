@@ -51,6 +51,11 @@ class Recipe(Strict):
     max_shard_bytes: int = Field(DEFAULT_SHARD_BYTES, ge=1, description="largest shard, e.g. 5GB")
     allow_nonfinite: bool = Field(False, description="let NaN and Inf in the inputs through")
 
+    @property
+    def named_method(self) -> str:
+        """What to call the method in a message."""
+        return f"method {self.method}" + (" with --aim" if self.aim is not None else "")
+
     @field_validator("fisher_from", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
@@ -67,7 +72,8 @@ class Recipe(Strict):
     def _known_method(cls, value: str) -> str:
         name = value.replace("-", "_")
         if name not in METHODS:
-            raise ValueError(f"there is no such method: {suggest(name, METHODS)}")
+            known = "it is a post-step of any method: --aim" if name == "aim" else suggest(name.lower(), METHODS)
+            raise ValueError(f"there is no such method: {known}")
         return name
 
     @field_validator("max_shard_bytes", mode="before")
@@ -106,14 +112,14 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
-def load_recipe(path: Path) -> dict[str, Any]:
+def load_recipe(path: str | Path) -> dict[str, Any]:
     """Read the values of a YAML recipe.
 
     Raises:
         RecipeError: no such file, not YAML, or not a mapping.
     """
     try:
-        values = yaml.load(path.read_text("utf-8"), _Loader)
+        values = yaml.load(Path(path).read_text("utf-8"), _Loader)
     except OSError as error:
         raise RecipeError(f"recipe {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none

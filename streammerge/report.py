@@ -46,7 +46,11 @@ def manifest(
 
 
 def block_rows(result: Mapping[str, Any]) -> tuple[Row, list[Row]]:
-    """Header and rows of the per-block table: Fisher, task vector, score, alpha, fraction kept, rescaled."""
+    """Header and rows of the per-block table: Fisher, task vector, score, alpha, fraction kept, rescaled.
+
+    Of methods whose blocks have no score, the coefficient alpha alone, and what of it was kept where it was trimmed.
+    """
+    scored = any("score" in entry for entry in result["blocks"])
     header = ["block", "Fisher mean", "task vector^2", "score", "alpha", "kept", "rescaled"]
     rows = []
     for entry in result["blocks"]:
@@ -57,15 +61,16 @@ def block_rows(result: Mapping[str, Any]) -> tuple[Row, list[Row]]:
         rows.append(
             [
                 f"{entry['expert']}: {label}" if "expert" in entry else label,
-                _number(entry["fisher_mean"], ".3e"),
-                _number(entry["task_vector_mean_square"], ".3e"),
-                _number(entry["score"], ".3f"),
+                _number(entry.get("fisher_mean"), ".3e"),
+                _number(entry.get("task_vector_mean_square"), ".3e"),
+                _number(entry.get("score"), ".3f"),
                 _number(entry["alpha"], ".4f"),
                 f"{100 * kept / total:.1f}%" if total else "-",
                 f"{rescaled} of {len(tensors)}",
             ]
         )
-    return header, rows
+    shown = range(7) if scored else (0, 4, 5) if any(row[5] != "-" for row in rows) else (0, 4)
+    return [header[i] for i in shown], [[row[i] for i in shown] for row in rows]
 
 
 def fisher_rows(record: FisherRecord) -> tuple[Row, list[Row]]:
@@ -118,7 +123,7 @@ def plan_text(summary: Mapping[str, Any]) -> str:
     rows = [
         ("base", summary["base"]),
         *(("model", _with_parameters(model)) for model in summary["models"]),
-        ("method", f"{summary['method']} ({_pairs(summary['parameters_of_method'])})"),
+        ("method", f"{summary['method']} ({_pairs(summary['parameters_of_method'])}){_post_step(summary)}"),
         ("Fisher", fisher),
         *([("calibration", _calibration(summary["calibration"]))] if summary["calibration"] else []),
         ("tensors", f"{summary['tensors']} ({summary['merged']} merged, {summary['copied']} copied from the base)"),
@@ -170,6 +175,10 @@ def _from_hub(travel: Mapping[str, Any]) -> str:
         parts.append(f"which is every weight {often:.1f} times on average")
     parts.append(f"{format_size(travel['opened'])} have come for this plan")
     return f"{text}: {', '.join(parts)}"
+
+
+def _post_step(summary: Mapping[str, Any]) -> str:
+    return "" if summary["aim"] is None else f", then AIM (omega {summary['aim']})"
 
 
 def _calibration(cost: Mapping[str, Any]) -> str:

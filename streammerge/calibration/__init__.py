@@ -15,7 +15,19 @@ from streammerge.calibration.store import (
 )
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
 from streammerge.compatibility import embedding_and_head
-from streammerge.fisher.placement import IMPORT_BYTES, FisherRun, streamed_bytes, walk_reads
+from streammerge.fisher.placement import (
+    GROUP_TOKENS,
+    HEAD_TOKENS,
+    IMPORT_BYTES,
+    FisherRun,
+    fisher_memory,
+    streamed_bytes,
+    walk_reads,
+)
+from streammerge.fisher.store import FisherSettings
+
+_SLACK = 40 << 20
+_MODEL_BYTES = 32 << 20  # a model without its blocks, and its share of the tokenizer and the text
 
 
 @dataclass(frozen=True)
@@ -41,25 +53,75 @@ def calibration_cost(
     models: Sequence[Checkpoint], settings: CalibrationSettings, measurements: Sequence[Measurement]
 ) -> CalibrationCost:
     """From headers alone. `models`: the base and the fine-tuned ones."""
-    prefix = decoder_prefix(models[0].tensors)
-    blocks: dict[int, int] = {}
-    for name, info in models[0].tensors.items():
-        number = block_index(name, prefix)
-        if number is not None:
-            blocks[number] = blocks.get(number, 0) + info.nbytes
-    tokens = settings.samples * settings.length
-    host = IMPORT_BYTES + 2 * max(blocks.values(), default=0)
-    walking = models[:1] if set(measurements) == {"channels"} else models
-    reads = [(model, walk_reads(model, tokens, times=1, stay=(), heads=0)) for model in walking]
-    if "mutual_information" in measurements and _has_own_head(models[0]):  # then every sample goes by all heads
-        reads += [(model, _head_reads(model, settings.samples)) for model in walking]
+    reads = _reads(models, settings, measurements)
     return CalibrationCost(
         measurements=tuple(measurements),
-        tokens=tokens,
-        host_bytes=host,
+        tokens=settings.samples * settings.length,
+        host_bytes=_host_bytes(models, settings, measurements),
         bytes_to_read=sum(sum(of_model.values()) for _, of_model in reads),
         bytes_to_stream=sum(streamed_bytes(model, of_model) for model, of_model in reads),
     )
+
+
+def _reads(
+    models: Sequence[Checkpoint], settings: CalibrationSettings, measurements: Sequence[Measurement]
+) -> list[tuple[Checkpoint, dict[str, int]]]:
+    """Bytes of each tensor that every walk reads."""
+    tokens, observed = settings.samples * settings.length, set(measurements) - {"sensitivity"}
+    walking = models[:1] if observed == {"channels"} else models
+    reads = []
+    if observed:
+        reads += [(model, walk_reads(model, tokens, times=1, stay=(), heads=0)) for model in walking]
+    if "mutual_information" in observed and _has_own_head(models[0]):  # then every sample goes by all heads
+        reads += [(model, _head_reads(model, settings.samples)) for model in walking]
+    if "sensitivity" in measurements:  # there and back, as in a Fisher pass, and then in step over every text
+        groups = -(-settings.samples * (settings.length - 1) // HEAD_TOKENS)
+        reads += [(model, walk_reads(model, tokens, times=2, stay=(), heads=groups)) for model in models]
+        for _ in settings.text or [""]:
+            reads += [(model, walk_reads(model, tokens, times=1, stay=(), heads=1)) for model in models]
+    return reads
+
+
+def _host_bytes(
+    models: Sequence[Checkpoint], settings: CalibrationSettings, measurements: Sequence[Measurement]
+) -> int:
+    """Expected peak of the process."""
+    base = models[0]
+    walking = models[:1] if set(measurements) == {"channels"} else models
+    prefix = decoder_prefix(base.tensors)
+    blocks: dict[int, int] = {}
+    columns: dict[int, int] = {}
+    vocabulary = hidden = widest = width = 0
+    for name, info in base.tensors.items():
+        number = block_index(name, prefix)
+        if number is None:
+            if len(info.shape) == 2 and info.shape[0] > vocabulary:
+                vocabulary, hidden = info.shape
+                width = info.nbytes // max(info.numel, 1)
+        elif len(info.shape) > 1:
+            blocks[number] = blocks.get(number, 0) + info.nbytes
+            columns[number] = columns.get(number, 0) + info.shape[-1]
+            widest = max(widest, info.shape[-2])
+    states = (2 * len(walking) + 1) * settings.samples * settings.length * hidden * width
+    # Fitted on the 0.5B and 1.5B shapes: what a group of tokens goes through, and what the allocator keeps.
+    block = max(blocks.values(), default=0) + 12 * GROUP_TOKENS * widest + _SLACK
+    if "inputs" in measurements:
+        block += 2 * len(walking) * settings.rows * max(columns.values(), default=0) * width
+    head = 0
+    if "mutual_information" in measurements and _has_own_head(base):
+        head = settings.length * vocabulary * (2 * len(walking) + 8)
+    host = IMPORT_BYTES + states + max(block, head)
+    if "sensitivity" in measurements:  # its gradients are taken group by group
+        passes = FisherSettings.model_validate(
+            {
+                "samples": max(1, GROUP_TOKENS // settings.length),
+                "length": settings.length,
+                "compute_dtype": settings.compute_dtype,
+            }
+        )
+        one = max((fisher_memory(model, passes) for model in models), key=lambda memory: memory.on_cpu)
+        host = max(host, IMPORT_BYTES + len(models) * _MODEL_BYTES + states + one.on_cpu)
+    return host
 
 
 def _has_own_head(model: Checkpoint) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from streammerge._version import __version__
@@ -17,15 +18,24 @@ from streammerge.calibration.channels import ChannelMagnitudes
 from streammerge.calibration.inputs import LinearInputs
 from streammerge.calibration.lockstep import Lockstep, Observer
 from streammerge.calibration.mutual_information import MutualInformation
-from streammerge.calibration.store import CALIBRATION_FILE, CalibrationRecord, CalibrationSettings, Measurement, entry
+from streammerge.calibration.sensitivity import measure_sensitivity, sensitivity_steps
+from streammerge.calibration.store import (
+    CALIBRATION_FILE,
+    CalibrationRecord,
+    CalibrationSettings,
+    Measurement,
+    Sensitivity,
+    entry,
+)
 from streammerge.calibration.texts import calibration_tokens
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.checkpoints.output import transfer_errors
 from streammerge.errors import MemoryBudgetError
 from streammerge.fisher.blocks import BlockModel
-from streammerge.fisher.measure import compute_dtype, find_device, memory_keeper, token_digest
+from streammerge.fisher.measure import compute_dtype, find_device, token_digest
 from streammerge.fisher.phases import Phases
 from streammerge.fisher.placement import FisherRun, default_device
+from streammerge.heap import give_back, one_heap
 from streammerge.progress import progress_bar
 from streammerge.workers import Workers, single_threaded_torch
 
@@ -73,19 +83,22 @@ def measure(
         TransferError: the folder cannot be written.
     """
     phases = phases or Phases()
-    give_back = memory_keeper()
+    one_heap()
     prepared = prepare(models, settings, run)
     tensors: dict[str, str] = {}
 
     def save_entries(name: str, entries: Mapping[str, Tensor]) -> None:
         file = f"{name}.safetensors"
-        _write(folder / file, save({key: value.contiguous() for key, value in entries.items()}))
-        tensors.update(dict.fromkeys(entries, file))
+        save_file({key: value.contiguous() for key, value in entries.items()}, folder / file)
+        tensors.update(dict.fromkeys(entries, file))  # `calibration.json` comes last: no file counts before it
 
     walks = _walks(prepared, settings, measurements)
     steps = sum(len(numbers) * len(prepared.models[0].blocks) for numbers, _ in walks)
+    if "sensitivity" in measurements:
+        steps += sensitivity_steps(prepared.models, len(prepared.texts))
     count = torch.get_num_threads() if prepared.where.type == "cpu" else 1
-    found: list[MutualInformation] = []
+    found: list[dict[str, list[float]]] | None = None
+    sensitivity: Sensitivity | None = None
     with (
         transfer_errors(folder, "cannot be written"),
         progress_bar(steps, "Calibration", "block", progress) as bar,
@@ -100,29 +113,31 @@ def measure(
 
         for numbers, ids in walks:
             walking = [prepared.models[number] for number in numbers]
-            observers: list[Observer] = []
-            if "mutual_information" in measurements:
-                found.append(MutualInformation(walking, workers, phases))
-                observers.append(found[-1])
-            if "channels" in measurements:
-                observers.append(ChannelMagnitudes(walking[0]))
-            if "inputs" in measurements:
-                observers.append(LinearInputs(walking, numbers, ids.numel(), settings.rows, save_entries))
-            try:
-                Lockstep(walking, ids, observers, workers, advance, phases).run()
-            except torch.OutOfMemoryError as error:
-                raise MemoryBudgetError(
-                    f"the calibration ran out of memory on {prepared.where}: repeat the command with --device cpu"
-                ) from error
-            for observer in observers:
-                if isinstance(observer, ChannelMagnitudes):
+            observers: dict[Measurement, Observer] = {
+                "mutual_information": MutualInformation(walking, workers, phases),
+                "channels": ChannelMagnitudes(walking[0]),
+                "inputs": LinearInputs(walking, numbers, ids.numel(), settings.rows, save_entries),
+            }
+            seeing = [observer for name, observer in observers.items() if name in measurements]
+            with _memory_errors(prepared.where):
+                Lockstep(walking, ids, seeing, workers, advance, phases).run()
+            for observer in seeing:
+                if isinstance(observer, MutualInformation):
+                    found = observer.found
+                elif isinstance(observer, ChannelMagnitudes):
                     save_entries("channels", {entry("channels", 0, name): v for name, v in observer.found.items()})
+        if "sensitivity" in measurements:
+            with _memory_errors(prepared.where):
+                sensitivity = measure_sensitivity(
+                    prepared.models, prepared.texts, settings, folder / "walk", workers, advance, phases
+                )
         record = CalibrationRecord(
             version=__version__,
             settings=settings,
             tokens=[token_digest(ids) for ids in prepared.texts],
             device=str(prepared.where),
-            mutual_information=found[0].found if found else None,
+            mutual_information=found,
+            sensitivity=sensitivity,
             tensors=tensors,
         )
         _write(folder / CALIBRATION_FILE, json.dumps(record.model_dump(), indent=1).encode() + b"\n")
@@ -132,14 +147,27 @@ def measure(
 def _walks(
     prepared: Preparation, settings: CalibrationSettings, measurements: Sequence[Measurement]
 ) -> list[tuple[list[int], Tensor]]:
-    """Which models walk over which text: of channels alone, only the base."""
-    models = [0] if set(measurements) == {"channels"} else range(len(prepared.models))
+    """Which models walk in step over which text: of channels alone, only the base; of sensitivities, see there."""
+    observed = set(measurements) - {"sensitivity"}
+    if not observed:
+        return []
+    models = [0] if observed == {"channels"} else range(len(prepared.models))
     walks = []
     for text, ids in enumerate(prepared.texts):
         numbers = [number for number in models if settings.text_of(number) == text]
         if numbers:
             walks.append((numbers, ids))
     return walks
+
+
+@contextmanager
+def _memory_errors(where: torch.device) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryBudgetError(
+            f"the calibration ran out of memory on {where}: repeat the command with --device cpu"
+        ) from error
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -142,17 +142,17 @@ def check_texts(settings: CalibrationSettings, measurements: Sequence[Measuremen
     """
     if not measurements:
         if settings != CalibrationSettings.model_validate({}):
-            raise RecipeError(f"method {method} with these parameters uses no calibration text: leave it out")
+            raise RecipeError(f"{method} with these parameters uses no calibration text: leave it out")
         return
     if not settings.text:
         raise RecipeError(
-            f"method {method} needs a calibration text: give --calibration FILE, plain text or JSONL with a field"
+            f"{method} needs a calibration text: give --calibration FILE, plain text or JSONL with a field"
         )
     per_model = OF_EVERY_MODEL.intersection(measurements)
     allowed = {1, models} if per_model else {1}
     if len(settings.text) not in allowed or (len(settings.text) > 1 and len(per_model) < len(measurements)):
         raise RecipeError(
-            f"method {method}: {len(settings.text)} calibration texts for {models} models: give "
+            f"{method}: {len(settings.text)} calibration texts for {models} models: give "
             + (f"one for all, or {models}: the base's first" if per_model else "one")
         )
     text_digests(settings)

@@ -18,7 +18,7 @@ from streammerge.hub.pull import HubMode, hub_files
 from streammerge.schema import suggest
 
 HUB_SCHEME = "hf://"
-_REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
+_REPOSITORY = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 _COMMIT = re.compile(r"@[0-9a-f]{40}$")
 
 
@@ -44,6 +44,8 @@ def open_model(reference: str, hub_mode: HubMode = "cache", progress: bool = Fal
     name = reference.removeprefix(HUB_SCHEME)
     if not hub_only and os.path.isdir(name):  # unlike Path.is_dir, False for a name the system cannot hold
         return Checkpoint.open(Path(name))
+    if not hub_only and os.path.isfile(name):
+        raise CheckpointError(f"model {name}: this is a file: give the folder it is in")
     repository, _, revision = name.partition("@")
     if not _REPOSITORY.match(repository):
         kind = "Hub repository id (org/name[@revision])" if hub_only else "folder, nor a Hub repository id (org/name)"

@@ -20,7 +20,7 @@ from streammerge.fisher.blocks import BlockModel
 from streammerge.methods.gram import Gram
 from streammerge.workers import Workers
 
-_PIECE = 1 << 20  # elements of each model's tensor that are compared at a time
+_PIECE = 1 << 18  # elements of each model's tensor that are compared at a time
 
 
 class Collapse(Observer):

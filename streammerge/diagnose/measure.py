@@ -15,14 +15,15 @@ from streammerge.calibration.measure import Preparation
 from streammerge.calibration.texts import file_windows
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.diagnose.collapse import Collapse
-from streammerge.diagnose.nonlinearity import NonlinearityWalk
+from streammerge.diagnose.nonlinearity import NonlinearityWalk, wide
 from streammerge.diagnose.numbers import mean, pearson
 from streammerge.diagnose.settings import DiagnoseSettings
 from streammerge.errors import CheckpointError, MemoryBudgetError
 from streammerge.fisher.blocks import BlockModel
-from streammerge.fisher.measure import compute_dtype, find_device, memory_keeper, token_digest
+from streammerge.fisher.measure import compute_dtype, find_device, token_digest
 from streammerge.fisher.placement import FisherRun, default_device
 from streammerge.fisher.probes import random_tokens
+from streammerge.heap import give_back, one_heap
 from streammerge.progress import progress_bar
 from streammerge.workers import Workers, single_threaded_torch
 
@@ -38,7 +39,7 @@ def prepare(models: Sequence[Checkpoint], settings: DiagnoseSettings, run: Fishe
     where = find_device(run.device or default_device())
     dtype = compute_dtype(models[0], settings.compute_dtype)
     if settings.nonlinearity and settings.compute_dtype is None:
-        dtype = torch.promote_types(dtype, torch.float32)  # outputs close to one another, subtracted
+        dtype = wide(dtype)  # outputs close to one another are subtracted
     built = [BlockModel(model, dtype, where, run.trust_remote_code) for model in models]
     for other in built[1:]:
         _require_same_blocks(built[0], other)
@@ -47,7 +48,7 @@ def prepare(models: Sequence[Checkpoint], settings: DiagnoseSettings, run: Fishe
 
 def measure(models: Sequence[Checkpoint], settings: DiagnoseSettings, run: FisherRun, progress: bool) -> dict[str, Any]:
     """See `diagnose`. `models`: the merged model and its sources, or the base and its fine-tune."""
-    give_back = memory_keeper()
+    one_heap()
     prepared = prepare(models, settings, run)
     (ids,) = prepared.texts
     steps = len(prepared.models[0].blocks) * (3 if settings.nonlinearity else len(models))

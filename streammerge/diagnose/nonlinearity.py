@@ -119,7 +119,12 @@ def interpolate(
 
     def mix(piece: tuple[Tensor, Tensor]) -> None:
         inside, other = piece
-        wide = torch.promote_types(torch.promote_types(inside.dtype, other.dtype), torch.float32)
-        inside.copy_(torch.lerp(inside.to(wide), other.to(wide), alpha))
+        dtype = wide(inside.dtype, other.dtype)
+        inside.copy_(torch.lerp(inside.to(dtype), other.to(dtype), alpha))
 
     workers.run(mix, pieces)
+
+
+def wide(*dtypes: torch.dtype) -> torch.dtype:
+    """float64 where one of them is, else float32, for float8 too."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
 from streammerge.checkpoints.locate import open_model, require_pinned
@@ -20,6 +22,7 @@ from streammerge.fisher.placement import (
 )
 from streammerge.fisher.store import FisherRecord, FisherSettings
 from streammerge.hub.pull import HubMode
+from streammerge.schema import build
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -27,7 +30,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 def fisher(
     base: str | Checkpoint,
     out: str | Path,
-    settings: FisherSettings | None = None,
+    settings: FisherSettings | Mapping[str, Any] | None = None,
     *,
     hub_mode: HubMode = "cache",
     device: str | None = None,
@@ -48,7 +51,7 @@ def fisher(
     Args:
         base: folder, org/name[@revision], hf://org/name[@revision], or an open checkpoint.
         out: the output folder.
-        settings: samples, length, seed, text, dtypes.
+        settings: samples, length, seed, text, dtypes; a mapping is read as one.
         hub_mode: how a model on the Hub is read: "cache" or "stream"; see `merge`.
         device: "cpu", "cuda", "cuda:1"; a GPU where there is one by default.
         max_vram: bytes to use on the GPU; 90% of what is free by default. With room, blocks stay there.
@@ -68,7 +71,8 @@ def fisher(
     """
     from streammerge.fisher.measure import measure  # imports torch and transformers
 
-    settings = settings or FisherSettings.model_validate({})
+    if not isinstance(settings, FisherSettings):
+        settings = build(FisherSettings, settings or {}, "Fisher settings")
     run = FisherRun(device, max_vram, device_map, trust_remote_code)
     with ExitStack() as stack:
         if not isinstance(base, Checkpoint):

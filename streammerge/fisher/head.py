@@ -23,7 +23,7 @@ from streammerge.errors import CheckpointError
 from streammerge.fisher.blocks import BlockModel
 from streammerge.fisher.linear import product, product_back
 from streammerge.fisher.phases import Phases
-from streammerge.fisher.placement import SQUARES, head_rows
+from streammerge.fisher.placement import HEAD_TOKENS, SQUARES, head_rows
 from streammerge.fisher.squares import Sink
 from streammerge.workers import Workers
 
@@ -70,14 +70,26 @@ class HeadWalk:
         self._x, self._target = self.inputs.flatten(0, 1), targets.flatten()
 
     def scores(self) -> Scores:
-        """One pass over the head: losses, gradient at x, normaliser."""
-        x, wide = self._x, torch.promote_types(self._x.dtype, torch.float32)
+        """Losses, gradient at x, normaliser; one pass over the head for every `HEAD_TOKENS` tokens."""
+        groups = zip(self._x.split(HEAD_TOKENS), self._target.split(HEAD_TOKENS), strict=True)
+        found = [self._group(x, target) for x, target in groups]
+        normaliser, right, gradient = (torch.cat(parts) for parts in zip(*found, strict=True))
+        shape = self.targets.shape
+        return Scores(
+            losses=(normaliser - right).view(shape).double().sum(1),
+            gradient=gradient.view(self.inputs.shape),
+            normaliser=normaliser.view(shape),
+        )
+
+    def _group(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of some tokens: normaliser [tokens, 1], logit of the right token [tokens, 1], gradient at x."""
+        wide = torch.promote_types(x.dtype, torch.float32)
         most = torch.full((len(x), 1), -torch.inf, dtype=wide, device=x.device)
         total, right = torch.zeros_like(most), torch.zeros_like(most)
         pulled = torch.zeros(x.shape, dtype=wide, device=x.device)  # sum of exp(l - most) f' W
         pushed = torch.zeros_like(pulled)  # f' W of the right token
-        for start, weight, bias in self._rows():
-            raw, logits = self._logits(weight, bias)
+        for start, weight, bias in weight_rows(self.model, len(x), self.phases):
+            raw, logits = self._logits(x, weight, bias)
             values = logits.detach()
             larger = torch.maximum(most, values.max(1, keepdim=True).values)
             shrink = (most - larger).exp_()
@@ -86,20 +98,14 @@ class HeadWalk:
             total.mul_(shrink).add_(odds.sum(1, keepdim=True))
             pulled.mul_(shrink).add_(product_back(slope, weight, self.workers))
             most = larger
-            here = ((self._target >= start) & (self._target < start + len(weight))).nonzero().flatten()
-            column = self._target[here] - start
+            here = ((target >= start) & (target < start + len(weight))).nonzero().flatten()
+            column = target[here] - start
             chosen = torch.zeros_like(values)
             chosen[here, column] = 1
             (slope,) = torch.autograd.grad(logits, raw, chosen)
             right[here, 0] = values[here, column]
             pushed[here] = slope[here, column, None].to(wide) * weight[column].to(wide)
-        normaliser = most + total.log()
-        shape = self.targets.shape
-        return Scores(
-            losses=(normaliser - right).view(shape).double().sum(1),
-            gradient=pulled.div_(total).sub_(pushed).view(self.inputs.shape),
-            normaliser=normaliser.view(shape),
-        )
+        return most + total.log(), right, pulled.div_(total).sub_(pushed)
 
     def squares(self, normaliser: Tensor, sink: Sink, wanted: set[str], tied: InputGradients | None) -> None:
         """A second pass over the head, for its own Fisher: hand that of the wanted weight and bias to the sink."""
@@ -109,8 +115,8 @@ class HeadWalk:
         biases = [model.parts[name][0].tensor.name for name, leaf in model.names_of_head.items() if leaf == "bias"]
         x = self.inputs.to(normaliser.dtype)
         columns = x.shape[-1]
-        for start, weight, bias in self._rows():
-            raw, logits = self._logits(weight, bias)
+        for start, weight, bias in weight_rows(model, len(self._x), self.phases):
+            raw, logits = self._logits(self._x, weight, bias)
             excess = (logits.detach() - normaliser.view(-1, 1)).exp_()
             here = ((self._target >= start) & (self._target < start + len(weight))).nonzero().flatten()
             excess[here, self._target[here] - start] -= 1
@@ -129,15 +135,12 @@ class HeadWalk:
         """Whether the model treats each logit by itself, so that the vocabulary can be cut. Reads nothing."""
         return is_elementwise(self.model, self._x)
 
-    def _logits(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _logits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """The head's own output for some rows, and the logits the model makes of it, with the graph between."""
-        raw = product(self._x, weight, bias, self.workers).requires_grad_()
+        raw = product(x, weight, bias, self.workers).requires_grad_()
         with torch.enable_grad():
             logits = self.model.after_head(raw)
             return raw, logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-    def _rows(self) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-        return weight_rows(self.model, len(self._x), self.phases)
 
 
 def is_elementwise(model: BlockModel, numbers: Tensor) -> bool:
@@ -151,8 +154,16 @@ def is_elementwise(model: BlockModel, numbers: Tensor) -> bool:
     return whole.shape == numbers.shape and torch.equal(whole, torch.cat(parts, 1))
 
 
-def logit_rows(model: BlockModel, inputs: Tensor, workers: Workers, phases: Phases) -> Iterator[tuple[int, Tensor]]:
+def logit_rows(
+    model: BlockModel, inputs: Tensor, workers: Workers, phases: Phases, step: int | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """(first token id, logits [tokens, some ids]) of what a head is given, [tokens, hidden]; the head is read once.
+
+    Args:
+        model, phases: see `weight_rows`.
+        inputs: what the head is given; the logits have its dtype.
+        workers: share the products on the CPU.
+        step: how many ids at a time; None: see `rows_at_a_time`.
 
     Raises:
         CheckpointError: the head cannot be cut by rows.
@@ -162,24 +173,34 @@ def logit_rows(model: BlockModel, inputs: Tensor, workers: Workers, phases: Phas
             f"model {model.base.id}: the head of {type(model.model).__name__} does more than score each token by "
             "itself, so its logits cannot be walked in pieces; choose a method that does not look at them"
         )
-    for start, weight, bias in weight_rows(model, len(inputs), phases):
+    for start, weight, bias in weight_rows(model, len(inputs), phases, step):
         yield start, model.after_head(product(inputs, weight, bias, workers))
 
 
-def weight_rows(model: BlockModel, tokens: int, phases: Phases) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+def rows_at_a_time(model: BlockModel, tokens: int) -> int:
+    """How many rows of a head that many tokens go through together: both share a fixed amount of memory."""
+    assert model.head is not None
+    info = model.parts[model.head][0].tensor
+    return head_rows(info.nbytes // info.shape[0], tokens)
+
+
+def weight_rows(
+    model: BlockModel, tokens: int, phases: Phases, step: int | None = None
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """(first row, weights [some rows, hidden] as stored, bias) down a head, the next rows read meanwhile.
 
     Args:
         model: its head must be a plain linear layer.
-        tokens: how many tokens go through it together: they and the rows share a fixed amount of memory.
+        tokens: how many tokens go through it together.
         phases: takes the time of reading.
+        step: rows at a time; None: see `rows_at_a_time`.
     """
     assert model.head is not None
     info = model.parts[model.head][0].tensor
     bias = model.model.get_output_embeddings().bias
     rows, columns = info.shape
     width = info.nbytes // rows
-    step = head_rows(width, tokens)
+    step = step or rows_at_a_time(model, tokens)
 
     def read(start: int, buffer: Tensor) -> Tensor:
         raw = buffer[: min(step, rows - start) * width]

@@ -1,11 +1,11 @@
-"""Linear functions on weights as they are stored, and squared gradients that never need the gradient.
+"""Linear functions on weights as they are stored, and sums over gradients that never need a whole gradient.
 
 For y = x W^T the gradient of W in sequence i is G_i^T X_i, the product of two thin matrices: gradients at the
 output and inputs, one row per token. So the backward pass keeps those two, and the mean of squares
 
     F = (1/N) sum_i (G_i^T X_i)^2
 
-is formed block by block in cache. No gradient of a weight ever exists as a whole.
+or another sum over sequences, is formed block by block in cache. No gradient of a weight ever exists as a whole.
 """
 
 from __future__ import annotations
@@ -66,6 +66,16 @@ class Factors:
 
     def mean_squares(self, rows: range, samples: int, workers: Workers) -> Tensor:
         """Mean of squared gradients of some rows, [rows, columns], of widened factors; in scratch memory."""
+        return self._sum(rows, workers, lambda total, piece: total.addcmul_(piece, piece)).div_(samples)
+
+    def magnitude(self, rows: range, weight: Tensor, workers: Workers) -> float:
+        """Sum of |weight * gradient| over some rows and all sequences, of widened factors; `weight`: those rows."""
+        total = self._sum(rows, workers, lambda total, piece: total.add_(piece.abs_()))
+        total.mul_(workers.scratch("weight", total, *weight.shape).copy_(weight)).abs_()
+        return total.sum(dtype=torch.float64).item()
+
+    def _sum(self, rows: range, workers: Workers, add: Callable[[Tensor, Tensor], object]) -> Tensor:
+        """What every sequence's gradient of some rows adds to a total, [rows, columns], that begins with 0."""
         like, step = self.groups[0][1], self.tile[1]
         total = workers.scratch("total", like, len(rows), self.columns).zero_()
         for gradients, inputs in self.groups:
@@ -74,8 +84,8 @@ class Factors:
                     columns = slice(some, min(some + step, self.columns))
                     piece = workers.scratch("piece", like, len(rows), columns.stop - columns.start)
                     torch.mm(left, right[:, columns], out=piece)
-                    total[:, columns].addcmul_(piece, piece)
-        return total.div_(samples)
+                    add(total[:, columns], piece)
+        return total
 
 
 class LinearFunctions(TorchFunctionMode):

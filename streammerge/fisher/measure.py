@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import math
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -29,6 +27,7 @@ from streammerge.fisher.device_map import blocks_that_stay
 from streammerge.fisher.phases import Phases
 from streammerge.fisher.placement import FisherRun, default_device
 from streammerge.fisher.probes import probe_tokens
+from streammerge.fisher.reduction import FisherSquares
 from streammerge.fisher.state import WalkState
 from streammerge.fisher.store import (
     FISHER_FILE,
@@ -42,10 +41,9 @@ from streammerge.fisher.store import (
     text_digest,
 )
 from streammerge.fisher.walk import Walk
+from streammerge.heap import give_back, one_heap
 from streammerge.progress import progress_bar
 from streammerge.workers import Workers, single_threaded_torch
-
-_M_ARENA_MAX = -8  # of malloc.h
 
 
 def block_matrices(base: Checkpoint) -> list[str]:
@@ -114,7 +112,7 @@ def measure(
     """
     phases = phases or Phases()
     check_output(out, [base.folder], overwrite, manifest=FISHER_FILE)
-    give_back = memory_keeper()
+    one_heap()
     prepared = prepare(base, settings, run)
     model, where, wanted, ids = prepared.model, prepared.where, prepared.wanted, prepared.ids
     stored = settings.dtype or "bfloat16"
@@ -134,7 +132,8 @@ def measure(
 
         sink = _FisherSink(writer, getattr(torch, stored), phases)
         state = WalkState(writer.work / "walk")
-        walk = Walk(model, ids, set(wanted), sink, state, workers, prepared.stay, advance, phases)
+        reduction = FisherSquares(model, set(wanted), sink, len(ids), workers)
+        walk = Walk(model, ids, reduction, state, workers, prepared.stay, advance, phases)
         try:
             walk.run()
         except (CheckpointError, RecipeError):
@@ -296,17 +295,3 @@ def _require_known(names: Iterable[str], model: BlockModel, base: Checkpoint) ->
             f"model {base.id}: tensor {unknown[0]!r} and {len(unknown) - 1} more are no parameters of "
             f"{type(model.model).__name__} in transformers under that name, so their Fisher cannot be measured"
         )
-
-
-def memory_keeper() -> Callable[[], object]:
-    """Have glibc keep one heap for all threads; the result hands what is free of it back to the system.
-
-    Left alone it keeps a heap per thread and the largest that each ever was: measured on the 1.5B shape, half as much
-    again. To give every large buffer back at once costs a tenth of the time, in page faults.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
-        return lambda: None
-    assert libc is not None
-    libc.mallopt(_M_ARENA_MAX, 1)
-    return lambda: libc.malloc_trim(0)

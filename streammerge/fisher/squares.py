@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Set
 from functools import partial
 from threading import Lock
@@ -40,8 +41,8 @@ class Sink(Protocol):
         """What is done must survive an interruption from here on."""
 
 
-class GradientSquares:
-    """Gradient hooks that square each gradient into an accumulator and free it at once.
+class GradientHooks(ABC):
+    """Gradient hooks that reduce each gradient into an accumulator and free it at once.
 
     For parameters that are no matrix of a linear function: norms, biases, anything else. They need one backward pass
     per sequence.
@@ -52,7 +53,7 @@ class GradientSquares:
         id: the model, for messages.
 
     Attributes:
-        sums: parameter name -> sum of squared gradients, of those that got one.
+        sums: parameter name -> what its gradients came to, of those that got one.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], sequences: int, id: str) -> None:
@@ -67,9 +68,20 @@ class GradientSquares:
         assert gradient is not None  # the hook runs after it is there
         if self._sequences > 1:
             raise CheckpointError(
-                f"model {self._id}: the weight {name!r} of a linear layer is also used in another way, so its Fisher "
-                "cannot be measured"
+                f"model {self._id}: the weight {name!r} of a linear layer is also used in another way, so its "
+                "gradients cannot be told apart by sequence"
             )
+        self.add(name, parameter, gradient)
+
+    @abstractmethod
+    def add(self, name: str, parameter: Tensor, gradient: Tensor) -> None:
+        """Take the gradient of one sequence into the parameter's sum."""
+
+
+class GradientSquares(GradientHooks):
+    """Sums of squares, [as the parameter]; float32 or wider."""
+
+    def add(self, name: str, parameter: Tensor, gradient: Tensor) -> None:
         if name not in self.sums:
             self.sums[name] = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
         total = self.sums[name]

@@ -1,16 +1,17 @@
 """Forward and backward through the decoder blocks, one in work at a time: record, then replay.
 
-    F = (1/N) sum_i (d log p(x_i | theta) / d theta)^2,    log p(x_i | theta) = sum over next-token terms
+    g_i = d log p(x_i | theta) / d theta,    log p(x_i | theta) = sum over next-token terms
 
-Sequences go through a block in groups that keep their gradients apart (see `linear.py`). Every block is read twice,
-on the way forward and on the way back, or once where it stays on the device; between the two only its inputs are
-kept, on disk, so that an interrupted walk goes on at the same block.
+of every sequence i; `reduction.py` says what is made of them, for the Fisher F = (1/N) sum_i g_i^2. Sequences go
+through a block in groups that keep their gradients apart (see `linear.py`). Every block is read twice, on the way
+forward and on the way back, or once where it stays on the device; between the two only its inputs are kept, on disk,
+so that an interrupted walk goes on at the same block.
 Reference: FIM-Merging, arXiv 2603.21705, algorithm 1, step 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -21,26 +22,24 @@ from streammerge.errors import CheckpointError
 from streammerge.fisher.blocks import BlockModel, Recording, first
 from streammerge.fisher.feed import BlockFeed
 from streammerge.fisher.head import HeadWalk, InputGradients
-from streammerge.fisher.linear import Factors, LinearFunctions, MixedSequencesError
+from streammerge.fisher.linear import LinearFunctions, MixedSequencesError
 from streammerge.fisher.phases import Phases
 from streammerge.fisher.placement import GROUP_TOKENS
 from streammerge.fisher.recall import Recall
-from streammerge.fisher.squares import GradientSquares, Sink, emit, wanted_parts
+from streammerge.fisher.reduction import Reduction
+from streammerge.fisher.squares import GradientHooks
 from streammerge.fisher.state import WalkState
 from streammerge.workers import Workers
-
-_ZEROS = 1 << 20  # elements
 
 
 @dataclass
 class Walk:
-    """One Fisher pass.
+    """One pass.
 
     Args:
         model: the model, nothing loaded.
         ids: token ids [samples, length].
-        wanted: tensor names to measure.
-        sink: takes the Fisher, block after block from the last to the first, then what lies outside them.
+        reduction: takes the gradients, block after block from the last to the first, then what lies outside them.
         state: what an earlier walk over the same ids left, and what this one will.
         workers: share the work on the CPU.
         stay: blocks that stay on the device between forward and backward.
@@ -54,8 +53,7 @@ class Walk:
 
     model: BlockModel
     ids: Tensor
-    wanted: Set[str]
-    sink: Sink
+    reduction: Reduction
     state: WalkState
     workers: Workers
     stay: Collection[int] = ()
@@ -76,7 +74,7 @@ class Walk:
             CheckpointError: a non-finite value in a weight (named), or a loss or gradient (with block and sequence).
         """
         self._load_outside()
-        apart = self.model.all_linear(set(self.wanted)) and not self._outside_wanted()
+        apart = self.model.all_linear(set(self.reduction.wanted)) and not self._outside_wanted()
         size = max(1, GROUP_TOKENS // self.ids.shape[1]) if apart and not self.state.indices("alone") else 1
         try:
             self._walk(size)
@@ -92,7 +90,7 @@ class Walk:
             recordings = [model.record(group) for group in groups]
         special = {model.embedding, *model.names_of_head}
         outside = {n: p for n, p in model.parameters(None).items() if n in self._outside_wanted() and n not in special}
-        squares = GradientSquares(outside, size, model.base.id)
+        hooks = self.reduction.hooks(outside, size)
         walked = self.state.indices("gradient")
         if not walked and not self.state.indices("input"):
             self.state.save("input", 0, {"hidden": torch.cat([r.embedded.detach() for r in recordings])})
@@ -108,7 +106,7 @@ class Walk:
             for index in range(begin, last):
                 self._forward(feed, index, recordings, size)
             if not walked:
-                self._head(recordings, size, squares)
+                self._head(recordings, size, hooks)
             for index in reversed(range(end)):
                 self._backward(feed, index, recordings, size)
         left = self.state.load("gradient", 0)
@@ -116,7 +114,7 @@ class Walk:
         if left["resident"]:
             self.notes.append("the head does more than score each token by itself, so all of it is in memory")
         if self._outside_wanted():
-            self._outside(size, squares)
+            self._outside(size, hooks)
 
     def _forward(self, feed: BlockFeed, index: int, recordings: list[Recording], size: int) -> None:
         hidden = self.state.load("input", index)["hidden"].split(size)
@@ -140,7 +138,7 @@ class Walk:
             self._recall.begin(index)
         return LinearFunctions(self.model.parameters(index), self.workers, self._recall)
 
-    def _head(self, recordings: list[Recording], size: int, squares: GradientSquares) -> None:
+    def _head(self, recordings: list[Recording], size: int, hooks: GradientHooks) -> None:
         last = len(self.model.blocks)
         groups = self._last_hidden(size)
         with self.phases.time("head"):
@@ -149,7 +147,7 @@ class Walk:
             gradient = torch.cat([_gradient(hidden) for hidden in groups])
         self._require_finite(losses, "the loss")
         self._require_finite(gradient, "the gradient after the last decoder block")
-        self._emit(squares.sums, {}, squares.sums)  # those on this side of the blocks
+        self.reduction.finish(hooks.sums, {}, hooks.sums)  # those on this side of the blocks
         resident = torch.tensor(head is None)
         self.state.save("gradient", last, {"gradient": gradient, "losses": losses, "resident": resident})
         self.advance(1)
@@ -183,7 +181,7 @@ class Walk:
             )
         model.load_head()
         linear = LinearFunctions(model.parameters_of_head(), self.workers)
-        squares = GradientSquares({name: model.parameters_of_head()[name] for name in wanted}, 1, model.base.id)
+        hooks = self.reduction.hooks({name: model.parameters_of_head()[name] for name in wanted}, 1)
         losses: list[Tensor] = []
         for hidden in groups:
             hidden.grad = torch.zeros_like(hidden)
@@ -193,7 +191,7 @@ class Walk:
                     loss = functional.cross_entropy(logits, self._targets[len(losses)], reduction="sum")
                     loss.backward()
                 losses.append(loss.detach().double())
-        self._emit(wanted, linear.factors if wanted else {}, squares.sums)
+        self.reduction.finish(wanted, linear.factors if wanted else {}, hooks.sums)
         return torch.stack(losses)
 
     def _backward(self, feed: BlockFeed, index: int, recordings: list[Recording], size: int) -> None:
@@ -204,8 +202,7 @@ class Walk:
         block = model.install(*feed.take())
         parameters = model.parameters(index)
         linear = self._linear(index)
-        mine = wanted_parts(model.parts, parameters, self.wanted, self.sink)
-        squares = GradientSquares({name: parameters[name] for name in mine}, size, model.base.id)
+        hooks = self.reduction.hooks({name: parameters[name] for name in self.reduction.left(parameters)}, size)
         handed_on = []
         with self.phases.time("backward"):
             for recording, values, gradient in zip(recordings, hidden, gradients, strict=True):
@@ -213,11 +210,12 @@ class Walk:
                 inputs = values.to(model.device).requires_grad_()
                 with linear.group(*inputs.shape[:2]):
                     first(block(inputs, *args, **kwargs)).backward(gradient.to(model.device))
+                self.reduction.take(linear.factors)
                 handed_on.append(_gradient(inputs))
             handed = torch.cat(handed_on)
             self._require_finite(handed, f"the gradient at decoder block {index}")
         with self.phases.time("square"):
-            self._emit(parameters, linear.factors, squares.sums)
+            self.reduction.finish(parameters, linear.factors, hooks.sums)
         model.remove(index)
         with self.phases.time("state"):
             self.state.save("gradient", index, {**carried, "gradient": handed})
@@ -226,7 +224,7 @@ class Walk:
                 self.state.forget("input", index + 1)
         self.advance(1)
 
-    def _outside(self, size: int, squares: GradientSquares) -> None:
+    def _outside(self, size: int, hooks: GradientHooks) -> None:
         """Carry the gradients at the first block's input on into the embedding, and finish what is not a block."""
         model, embedding = self.model, self.model.embedding
         wanted = self._outside_wanted()
@@ -245,33 +243,10 @@ class Walk:
         if self._head_wanted() and (walk := self._head_walk(self._last_hidden(size))) is not None:
             normaliser = self.state.load("normaliser", 0)["normaliser"].to(model.device)
             names = {model.parts[name][0].tensor.name for name in self._head_wanted()}
-            walk[1].squares(normaliser, self.sink, names, inputs if tied else None)
-            for name in names:
-                self.sink.done(name)
+            self.reduction.head(walk[1], normaliser, names, inputs if tied else None)
         if embedding in wanted and not tied:
-            self._sparse_embedding(inputs)
-        self._emit(wanted, {}, squares.sums)
-        self.sink.sync()
-
-    def _sparse_embedding(self, inputs: InputGradients) -> None:
-        """The Fisher of an embedding of its own: zero but for the rows of the sampled tokens."""
-        info = self.model.parts[self.model.embedding][0].tensor
-        rows, columns = info.shape
-        squares = inputs.gradients.square().mean(0)
-        step = max(1, _ZEROS // columns)
-        for start in range(0, rows, step):
-            block = torch.zeros(min(step, rows - start), columns, dtype=squares.dtype, device=squares.device)
-            here = ((inputs.tokens >= start) & (inputs.tokens < start + len(block))).nonzero().flatten()
-            block[inputs.tokens[here] - start] = squares[here]
-            self.sink.write(info.name, start * columns, block)
-        self.sink.done(info.name)
-
-    def _emit(self, names: Iterable[str], factors: Mapping[str, list[Factors]], sums: Mapping[str, Tensor]) -> None:
-        names = list(names)
-        parts = wanted_parts(self.model.parts, names, self.wanted, self.sink)
-        finished = [part.tensor for name in names for part in self.model.parts[name] if self.sink.has(part.tensor.name)]
-        emit(parts, factors, sums, len(self.ids), self.sink, self.workers, self.model.base.id, finished)
-        self.sink.sync()
+            self.reduction.embedding(inputs)
+        self.reduction.finish(wanted, {}, hooks.sums)
 
     def _load_outside(self) -> None:
         model = self.model
@@ -282,7 +257,7 @@ class Walk:
 
     def _outside_wanted(self) -> list[str]:
         """Parameters outside the blocks that are wanted."""
-        return list(wanted_parts(self.model.parts, self.model.outside, self.wanted, self.sink))
+        return list(self.reduction.left(self.model.outside))
 
     def _head_wanted(self) -> list[str]:
         return [name for name in self._outside_wanted() if name in self.model.names_of_head]
@@ -300,7 +275,7 @@ class Walk:
             if not of_sequence.isfinite().all():
                 raise CheckpointError(
                     f"model {self.model.base.id}: {what} is not finite in sequence {sequence} (computed in "
-                    f"{self.model.dtype}); try --fisher-compute-dtype float32"
+                    f"{self.model.dtype}); try {self.reduction.dtype_option} float32"
                 )
 
 

@@ -88,7 +88,7 @@ def model_card(plan: MergePlan, result: Mapping[str, Any], licences: Sequence[Li
 
 def coefficient_plot(result: Mapping[str, Any]) -> bytes | None:
     """A PNG of the merge coefficients over the blocks; None without coefficients, or without matplotlib."""
-    rows = [row for row in result["blocks"] if row["alpha"] is not None]
+    rows = [row for row in result["blocks"] if row.get("alpha") is not None]
     if not rows or find_spec("matplotlib") is None:
         return None
     logger = logging.getLogger("matplotlib")

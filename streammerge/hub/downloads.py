@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Semaphore, Thread
 from typing import Any
 
 from streammerge.errors import TransferError
@@ -15,6 +15,8 @@ from streammerge.hub.xet import limit_xet_memory
 
 _TEXTS = (".json", ".txt", ".model", ".jinja", ".py")  # what transformers reads of a model besides its weights
 _MOST_TEXT_BYTES = 100_000_000
+_CHUNK_BYTES = 1 << 20  # of a plain download; ten times as much by default, and several of it at once
+_at_once = Semaphore(2)  # of the whole process: every download holds tens of megabytes in the client
 
 
 class Downloads:
@@ -85,7 +87,7 @@ class Downloads:
         with self._lock:
             first, self._begun = not self._begun, True
         if first:
-            limit_xet_memory()
+            _limit_buffers()
             with _cache_errors(self._where("config.json")):
                 self._pinned.remember()
             for text in self._texts:
@@ -97,7 +99,7 @@ class Downloads:
         def attempt() -> Path:
             from huggingface_hub import hf_hub_download
 
-            with _cache_errors(where), hub_errors(f"model {self._pinned.id}", where):
+            with _at_once, _cache_errors(where), hub_errors(f"model {self._pinned.id}", where):
                 return Path(
                     hf_hub_download(
                         self._pinned.id, name, revision=self._pinned.commit, tqdm_class=_bar(self._progress)
@@ -123,6 +125,14 @@ class _cache_errors:  # noqa: N801 - used like a function
                 f"{self._where}: cannot be written into the Hub's cache ({error.strerror}): set HF_HOME to a folder "
                 "with room, or take --hub-mode stream"
             ) from error
+
+
+def _limit_buffers() -> None:
+    """Before the client's first transfer."""
+    from huggingface_hub import constants
+
+    limit_xet_memory()
+    constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, _CHUNK_BYTES)
 
 
 def _bar(progress: bool) -> Any:

@@ -9,6 +9,7 @@ from streammerge.methods.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from streammerge.methods.dare import DareLinear, DareTies
 from streammerge.methods.della import Della, DellaLinear
 from streammerge.methods.fim import FimTa, FimTies
+from streammerge.methods.fisher_average import FisherAverage
 from streammerge.methods.karcher import Karcher
 from streammerge.methods.linear import Linear
 from streammerge.methods.model_stock import ModelStock
@@ -19,6 +20,7 @@ from streammerge.methods.passthrough import Passthrough
 from streammerge.methods.ram import Ram, RamPlusTl
 from streammerge.methods.regmean import Regmean
 from streammerge.methods.sce import Sce
+from streammerge.methods.sens import Sens
 from streammerge.methods.slerp import Slerp
 from streammerge.methods.task_arithmetic import TaskArithmetic
 from streammerge.methods.ties import Ties
@@ -28,7 +30,9 @@ METHODS: Mapping[str, type[Method]] = {
     "fim_ta": FimTa,
     "acm_ties": AcmTies,
     "acm_ta": AcmTa,
+    "sens": Sens,
     "regmean": Regmean,
+    "fisher_average": FisherAverage,
     "linear": Linear,
     "karcher": Karcher,
     "slerp": Slerp,

@@ -83,6 +83,14 @@ class AcmTa(Method):
     def report(self, tensor: TensorContext, results: Results) -> dict[str, Any]:
         return {"coefficient": self._coefficients(tensor)}
 
+    def block_table(self) -> list[dict[str, Any]]:
+        rows = []
+        for expert, of_expert, shares in zip(self.model.experts, self.experts, self._shares, strict=True):
+            for place in sorted((place for place in shares if place.isdigit()), key=int):
+                row: dict[str, Any] = {"block": int(place), "alpha": of_expert.coefficient * (1 - shares[place])}
+                rows.append(row | ({"expert": expert} if len(self.experts) > 1 else {}))
+        return rows
+
     def _coefficients(self, tensor: TensorContext) -> list[float]:
         place = place_of(tensor)
         return [

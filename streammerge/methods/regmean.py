@@ -72,8 +72,8 @@ class Regmean(Method):
 
     def workspace(self, tensor: TensorContext) -> int:
         rows = self.model.calibration_rows * len(self._weights)
-        held = 2 * rows * tensor.columns + 3 * rows * rows + tensor.tile_rows * (3 * tensor.columns + 2 * rows)
-        return 8 * held if tensor.is_matrix else 0
+        of_rows = tensor.tile_rows * (10 * tensor.columns + 2 * rows)  # temporaries of a row block, in float64
+        return 10 * rows * tensor.columns + 8 * (3 * rows * rows + of_rows) if tensor.is_matrix else 0
 
     def passes(self, unit: Unit) -> Sequence[Pass]:
         return [_Solve(self._weights, self.parameters.off_diagonal)]
@@ -107,19 +107,22 @@ class _Solved:
         self._counts = [len(x) for x in inputs]
         self.tokens = sum(self._counts)
         shares = [weight / max(count, 1) for weight, count in zip(weights, self._counts, strict=True)]
-        z = torch.cat([x.double() for x in inputs])
+        z = torch.empty(self.tokens, inputs[0].shape[-1], dtype=torch.float64)
         self._diagonals = []  # (1 - s) a_i diag(X_i^T X_i / n_i)
-        for rows, share in zip(z.split(self._counts), shares, strict=True):
+        for x, rows, share in zip(inputs, z.split(self._counts), shares, strict=True):
+            rows.copy_(x)
             self._diagonals.append(torch.linalg.vecdot(rows, rows, dim=0) * (share * (1 - off_diagonal)))
             rows *= math.sqrt(share * off_diagonal)
         self._total = self._diagonals[0].clone()  # D
         for diagonal in self._diagonals[1:]:
             self._total += diagonal
         self._inverse = torch.where(self._total > 0, 1 / self._total, 0.0)
-        inner = (z * self._inverse) @ z.T
+        half = self._inverse.sqrt()  # in two steps, without a second copy of Z
+        z *= half
+        inner = z @ z.T
         inner.diagonal().add_(1.0)
-        self._factor = torch.linalg.cholesky(inner)
-        z *= self._inverse
+        self._core = torch.cholesky_inverse(torch.linalg.cholesky(inner))  # (1 + Z D^-1 Z^T)^-1
+        z *= half
         self._scaled = z  # Z D^-1
 
     def change(self, vectors: Sequence[Tensor], average: Tensor) -> Tensor:
@@ -132,8 +135,7 @@ class _Solved:
             wide = vector.double()
             straight += wide * (diagonal * self._inverse)
             straight += ((wide * self._total) @ rows.T) @ rows
-        along = torch.cholesky_solve(((straight * self._total) @ self._scaled.T).T, self._factor).T
-        found = straight - along @ self._scaled
+        found = straight - (((straight * self._total) @ self._scaled.T) @ self._core) @ self._scaled
         return torch.where(self._total > 0, found.to(average.dtype), average)
 
 

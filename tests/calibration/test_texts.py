@@ -54,17 +54,17 @@ def test_bad_records(family: Make, tmp_path: Path, content: str, message: str) -
 
 def test_how_many_texts(family: Make, tmp_path: Path) -> None:
     one, three = family().settings, family(text=[str(tmp_path / "text.txt")] * 3).settings
-    check_texts(one, ["mutual_information", "channels", "inputs"], 3, "m")
-    check_texts(three, ["inputs"], 3, "m")
+    check_texts(one, ["mutual_information", "channels", "inputs"], 3, "method m")
+    check_texts(three, ["inputs"], 3, "method m")
     with pytest.raises(RecipeError, match="method m: 3 calibration texts for 3 models: give one$"):
-        check_texts(three, ["channels"], 3, "m")
+        check_texts(three, ["channels"], 3, "method m")
     with pytest.raises(RecipeError, match="method m: 3 calibration texts for 3 models"):
-        check_texts(three, ["inputs", "channels"], 3, "m")
+        check_texts(three, ["inputs", "channels"], 3, "method m")
     with pytest.raises(RecipeError, match="3 calibration texts for 4 models: give one for all, or 4: the base's first"):
-        check_texts(three, ["inputs"], 4, "m")
+        check_texts(three, ["inputs"], 4, "method m")
     with pytest.raises(RecipeError, match="method m needs a calibration text: give --calibration FILE"):
-        check_texts(one.model_copy(update={"text": []}), ["inputs"], 3, "m")
+        check_texts(one.model_copy(update={"text": []}), ["inputs"], 3, "method m")
     with pytest.raises(RecipeError, match="method m with these parameters uses no calibration text: leave"):
-        check_texts(one, [], 3, "m")
+        check_texts(one, [], 3, "method m")
     with pytest.raises(RecipeError, match="--calibration missing: No such file"):
-        check_texts(one.model_copy(update={"text": ["missing"]}), ["inputs"], 3, "m")
+        check_texts(one.model_copy(update={"text": ["missing"]}), ["inputs"], 3, "method m")

@@ -101,6 +101,24 @@ def test_a_fine_tune_stored_in_another_dtype(family: Family, tmp_path: Path) -> 
         assert found == pytest.approx(row, rel=1e-3)
 
 
+def test_models_in_float8(family: Family, tmp_path: Path) -> None:
+    """Neither transformers nor torch's promotion knows float8; the ends are exact all the same."""
+    base, tuned = (
+        change(
+            Path(copytree(model, tmp_path / model.name)), lambda _, v: v.to(torch.float8_e4m3fn) if v.dim() > 1 else v
+        )
+        for model in family("llama")[1:3]
+    )
+    upcast = [
+        change(Path(copytree(model, tmp_path / f"{model.name}32")), lambda _, value: value.float())
+        for model in (base, tuned)
+    ]
+    found, same = score(base, tuned, alpha=1, compute_dtype="float32"), score(*upcast, alpha=1)
+    assert found["blocks"] == same["blocks"]
+    assert all(row["nonlinearity"] == 0 < row["change"] for row in found["blocks"])
+    assert score(base, tuned, compute_dtype="float32")["mean"]["nonlinearity"] > 0
+
+
 @pytest.mark.parametrize("alpha", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_both_ends_the_score_is_zero(family: Family, kind: str, alpha: float) -> None:

@@ -104,6 +104,23 @@ def test_mean_squares_are_those_of_autograd(one: Workers) -> None:
     torch.testing.assert_close(torch.cat(pieces).double(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_magnitudes_are_those_of_autograd(one: Workers, dtype: torch.dtype) -> None:
+    """|weight * gradient|, summed; the gradient by itself in every sequence, the weight as it is stored."""
+    weight = normal(9, 13, dtype=dtype)
+    inputs, outputs = normal(5, 7, 13, seed=1), normal(5, 7, 9, seed=2)
+    expected = 0.0
+    for x, g in zip(inputs, outputs, strict=True):
+        live = weight.double().requires_grad_()
+        (gradient,) = torch.autograd.grad((functional.linear(x.double(), live) * g.double()).sum(), live)
+        expected += (live * gradient).abs().sum().item()
+    factors = Factors(0, 9, 13, [(outputs[:3], inputs[:3]), (outputs[3:], inputs[3:])])
+    pieces = [range(at, min(at + 4, 9)) for at in range(0, 9, 4)]
+    found = [factors.magnitude(rows, weight[rows.start : rows.stop], one) for rows in pieces]
+    assert sum(found) == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("dtype", "wide"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
 )

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from streammerge.checkpoints.checkpoint import Checkpoint
-from streammerge.fisher import fisher, head, linear, squares, walk
+from streammerge.fisher import fisher, head, linear, reduction, squares, walk
 from streammerge.fisher.blocks import BlockModel
 from streammerge.fisher.probes import random_tokens
 
@@ -149,7 +149,7 @@ def walk_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_SQUARES", {"cpu": (4, 16)})
     monkeypatch.setattr(linear, "_TILE", 256)
     monkeypatch.setattr(squares, "_PIECE", 256)
-    monkeypatch.setattr(walk, "_ZEROS", 256)
+    monkeypatch.setattr(reduction, "_ZEROS", 256)
     monkeypatch.setattr(head, "head_rows", lambda row_bytes, tokens: 2048 // row_bytes)
     monkeypatch.setattr(head, "SQUARES", 256)
 

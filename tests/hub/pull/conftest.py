@@ -89,7 +89,11 @@ def call(hub: Hub, tmp_path: Path) -> Run:
         left = [raw for raw in content(tmp_path).values() if raw is not None]
         assert not [raw for raw in (*left, done.stdout.encode(), done.stderr.encode()) if TOKEN.encode() in raw]
         assert not [exchange for exchange in hub.record if TOKEN in exchange.path or TOKEN in exchange.query]
-        assert not [exchange for exchange in hub.record if exchange.host == "storage" and exchange.authorization]
+        assert not [
+            exchange
+            for exchange in hub.record
+            if exchange.host == "storage" and TOKEN in (exchange.authorization or "")
+        ]
         return Result(done.returncode, done.stdout, done.stderr)
 
     return run

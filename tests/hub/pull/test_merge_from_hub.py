@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub.pull.conftest import Run
+from hub.pull.conftest import TOKEN, Run
 from make_checkpoints import SHAPES, make_pair
 from tiny_models import Result, content
 from tiny_models import Run as InProcess
@@ -213,3 +216,24 @@ def test_calibrations_streamed(call: Run, hub: Hub, pair: Pair, tmp_path: Path, 
     assert announced["total"] * 0.99 - rows <= served(hub) <= announced["total"]
     found, expected = content(tmp_path / "out"), content(tmp_path / "local")
     assert {name for name in expected if found[name] != expected[name]} == OURS
+
+
+def test_models_in_xet(call: Run, hub: Hub, pair: Pair, merged: Path, tmp_path: Path) -> None:
+    """Uploaded and downloaded by Xet; and streamed, by ranges of plain HTTP."""
+    for name, folder in (("org/xet-base", pair[0]), ("org/xet-ft", pair[1])):
+        code = "import sys; from huggingface_hub import HfApi; api = HfApi(); api.create_repo(sys.argv[1])\n"
+        code += "api.upload_folder(repo_id=sys.argv[1], folder_path=sys.argv[2])"
+        command = [sys.executable, "-c", code, name, str(folder)]
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        client = {**hub.environment(), "HF_HOME": str(tmp_path / "uploads"), "HF_TOKEN": TOKEN}
+        subprocess.run(command, env=kept | client, check=True, capture_output=True, timeout=120)
+    for mode, endpoint in (("cache", "xorb-download"), ("stream", "download")):
+        hub.record.clear()
+        models = ("--base", "org/xet-base", "--ft", "org/xet-ft", "--hub-mode", mode)
+        result = call(
+            *models, "--out", mode, "-q", *SHARDS, HF_HUB_DISABLE_XET="0", HF_HOME=str(tmp_path / f"home-{mode}")
+        )
+        assert (result.code, result.err) == (0, ""), result.err
+        assert hub.traffic()[endpoint].requests > 5
+        assert ("xorb-download" in hub.traffic()) is (mode == "cache")
+        assert_same(tmp_path / mode, merged)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from threading import Thread
 
@@ -295,3 +297,12 @@ def test_what_is_no_safetensors_file(opened: Open, hub: Hub, raw: bytes, words: 
     hub.move_branch("org/m", {NAME: raw})
     with pytest.raises(HeaderError, match=f"{WHERE}: {words}"):
         opened(guess)
+
+
+def test_a_retry_after_may_be_a_date() -> None:
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
+    assert 80 < (tries._wait_asked_for({"Retry-After": soon}) or 0) <= 90
+    assert tries._wait_asked_for({"Retry-After": format_datetime(datetime(2020, 1, 1, tzinfo=UTC), usegmt=True)}) == 0
+    assert tries._wait_asked_for({"ratelimit": '"api";r=0;t=55', "Retry-After": "3"}) == 56
+    assert tries._wait_asked_for({"ratelimit": '"api";r=4;t=55', "Retry-After": "3"}) == 3
+    assert tries._wait_asked_for({"Retry-After": "soon"}) is None is tries._wait_asked_for({})
