@@ -18,7 +18,7 @@ class PushSettings(Strict):
     revision: str | None = Field(None, description="branch to push to, made if there is none; main")
     create_pr: bool = Field(False, description="open a pull request with the model instead of changing the branch")
     commit_message: str | None = Field(None, description="message of the commit, or title of the pull request")
-    delete_patterns: list[str] = Field([], description="files of the repository to delete in the same commit")
+    delete_patterns: list[str] = Field([], description="glob of other files to delete in the same commit; repeat it")
     parent_commit: str | None = Field(None, description="commit that the branch must be at, all 40 digits")
 
     @field_validator("repository")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub.pushing import TOKEN, USERS, folder_content, history, pushed, sampled
@@ -21,7 +24,7 @@ logging.basicConfig(level=1, filename=sys.argv.pop(1))
 from streammerge.cli import main
 sys.exit(main(sys.argv[1:]))
 """
-Start = Callable[..., "subprocess.CompletedProcess[str]"]
+Start = Callable[..., Any]
 
 
 @pytest.fixture
@@ -38,19 +41,27 @@ def hub(saved_models: Models) -> Iterator[Hub]:
 def start(hub: Hub, tmp_path: Path) -> Start:
     """`streammerge` with everything logged, into `tmp_path / "log"`."""
 
-    def call(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    def call(*arguments: object, wait: bool = True, **environment: str) -> Any:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         settings = hub.environment() | {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "TMPDIR": str(tmp_path)}
-        return subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, "-c", LOUD, "log", *map(str, arguments)],
             env=kept | settings | environment,
             cwd=tmp_path,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=120,
         )
+        if not wait:
+            return process
+        return subprocess.CompletedProcess(process.args, *_ended(process))
 
     return call
+
+
+def _ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
 
 
 SHARDED = ("--max-shard-size", "6KB", "-q")
@@ -95,6 +106,39 @@ def test_fim_ties_by_byte_ranges_in_and_shard_by_shard_out(
     read = sum(e.served for e in hub.record if "/org/new" not in e.path and e.method == "GET")
     assert abs(read - announced) <= announced / 100
     assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("xet", [False, True], ids=["LFS", "Xet"])
+def test_ctrl_c_does_not_wait_for_an_upload(hub: Hub, start: Start, tmp_path: Path, xet: bool) -> None:
+    stalled = hub.misbehave(Fault("stall", path="*xorb*" if xet else "/upload/*", seconds=60, times=None))
+    arguments = (*PAIR, "-m", "task_arithmetic", "--push-to-hub", "org/new")
+    process = start(*arguments, HF_HUB_DISABLE_XET="01"[not xet], wait=False)
+    while not stalled.struck:
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130, err
+    assert err == "streammerge: stopped; the same command goes on where it was\n"
+    hub.behave()
+    assert start(*arguments, HF_HUB_DISABLE_XET="01"[not xet]).returncode == 0
+    assert len(history(hub)) == 2
+
+
+def test_killed_when_all_is_uploaded_by_xet(hub: Hub, start: Start, local: Callable[..., dict[str, bytes]]) -> None:
+    committing = hub.misbehave(Fault("stall", path="*/commit/*", seconds=60))
+    arguments = (*PAIR, "-m", "task_arithmetic", "--push-to-hub", "org/new")
+    process = start(*arguments, HF_HUB_DISABLE_XET="0", wait=False)
+    while not committing.struck:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    sent = hub.traffic()["xorb-upload"]
+    assert start(*arguments, HF_HUB_DISABLE_XET="0").returncode == 0
+    assert hub.traffic()["xorb-upload"] == sent
+    assert weights(hub) == local("-m", "task_arithmetic") and len(history(hub)) == 2
 
 
 @pytest.mark.parametrize("way", ["pushed", "refused", "stopped"])

@@ -1,0 +1,128 @@
+"""Peak memory, bytes on the network and shards on disk of a merge that reads from the Hub and pushes to it.
+
+    python benchmarks/from_hub_to_hub.py --shape qwen2-0.5b --out benchmarks/out
+
+Makes a pair of checkpoints of a real shape where they are not there yet, puts them on a Hub on the loopback interface,
+and merges them from there by byte ranges, in several ways to keep the result: in a folder, or pushed without one, by
+LFS and by Xet. Prints one Markdown table. Memory is the kernel's own account of the finished process (`ru_maxrss`); the
+Hub runs in this one. Every pushed model is compared with the one in the folder, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+from make_checkpoints import SHAPES, make_pair
+from memory import OURS
+
+from streammerge.testing import Hub
+
+WAYS = {"in a folder": None, "pushed by LFS": "1", "pushed by Xet": "0"}  # HF_HUB_DISABLE_XET
+READING = ("info", "resolve", "download")
+
+
+# A process of its own in between: what is measured begins with the memory of whoever starts it, here of a whole Hub.
+BETWEEN = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(usage.ru_maxrss / 1024)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def measured(command: list[str], environment: Mapping[str, str], home: Path) -> tuple[float, int]:
+    """Run a command; peak resident MiB, and the most shards of the merge that lay in the cache at once."""
+    most, done = 0, threading.Event()
+
+    def look() -> None:
+        nonlocal most
+        while not done.wait(0.02):
+            for place, _, names in os.walk(home):
+                if place.endswith("/.streammerge") and "/fisher-" not in place:
+                    most = max(most, sum(name.endswith(".safetensors") for name in names))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        called = [sys.executable, "-c", BETWEEN, *command]
+        ended = subprocess.run(called, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
+    finally:
+        done.set()
+        watcher.join()
+    if ended.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit status {ended.returncode}")
+    return float(ended.stdout), most
+
+
+def row(hub: Hub, method: str, way: str, shard: str, out: Path) -> str:
+    """Merge in one way: its line of the table."""
+    home, repository = out / "home", f"org/{method}-{way.replace(' ', '-')}"
+    shutil.rmtree(home, ignore_errors=True)
+    environment = {
+        **hub.environment(),
+        "HF_HOME": str(home),
+        "HF_TOKEN": "hf_any",
+        "HF_HUB_DISABLE_XET": WAYS[way] or "1",
+    }
+    command = ["--base", "org/base", "--ft", "org/ft", "--hub-mode", "stream", "-m", method, "--max-shard-size", shard]
+    command += ["--device", "cpu"] if method.startswith("fim") else []
+    target = ["--out", str(out / method)] if WAYS[way] is None else ["--push-to-hub", repository]
+    plan = [*OURS, "plan", *command, *(target if WAYS[way] else []), "--json"]
+    planned = json.loads(
+        subprocess.run(plan, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE).stdout
+    )
+    hub.record.clear()
+    peak, most = measured([*OURS, "merge", *command, *target, "-q"], environment, home)
+    if WAYS[way] is not None:
+        for name in hub.files(repository):
+            local = out / method / name
+            if name.endswith(".safetensors") and hub.read(repository, name) != local.read_bytes():
+                raise SystemExit(f"{repository}: {name} is not what the merge in a folder made")
+    read = sum(e.served for e in hub.record if e.endpoint in READING and f"/{repository}" not in e.path)
+    announced = planned["from_hub"]["total"]
+    sent = sum(e.received for e in hub.record if e.endpoint in ("upload", "xorb-upload"))
+    return (
+        f"| `{method}` | {way} | {peak:.0f} MiB | {planned['peak_host_bytes'] / 2**20:.0f} MiB | {read / 1e6:.1f} MB | "
+        f"{announced / 1e6:.1f} MB | {sent / 1e6:.1f} MB | {most or '-'} |"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2-0.5b")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/out"), help="folder for checkpoints and merges")
+    parser.add_argument("--methods", nargs="+", default=["task_arithmetic", "fim_ties"], metavar="METHOD")
+    parser.add_argument("--max-shard-size", default="200MB")
+    arguments = parser.parse_args(argv)
+    folder, work = arguments.out / f"{arguments.shape}-pair", arguments.out / f"{arguments.shape}-hub"
+    if not (folder / "ft").exists():
+        make_pair(arguments.shape, folder, say=lambda line: None)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    client = f"huggingface_hub {version('huggingface_hub')}, hf_xet {version('hf_xet')}"
+    print(f"{arguments.shape}, {os.cpu_count()} cores, {platform.platform()}, {client}\n")
+    print("| method | result | peak memory | planned | read from the Hub | planned | uploaded | most shards on disk |")
+    print("|---|---|---|---|---|---|---|---|")
+    with Hub(folder=work / "hub") as hub:
+        for name in ("base", "ft"):
+            hub.add(f"org/{name}", folder / name)
+        for method in arguments.methods:
+            for way in WAYS:
+                print(row(hub, method, way, arguments.max_shard_size, work), flush=True)
+            shutil.rmtree(work / method)
+    shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()
