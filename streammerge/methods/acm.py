@@ -11,7 +11,17 @@ from pydantic import Field
 
 from streammerge.calibration.store import Calibrated, Measurement
 from streammerge.fisher.store import FisherRecord
-from streammerge.methods.api import ExpertParameters, Method, ModelFacts, Pass, Results, RowBlock, TensorContext, Unit
+from streammerge.methods.api import (
+    ExpertParameters,
+    Method,
+    ModelFacts,
+    Pass,
+    Results,
+    RowBlock,
+    TensorContext,
+    Unit,
+    coefficient_rows,
+)
 from streammerge.methods.selection import top_k_passes
 from streammerge.methods.ties import disjoint_merge
 from streammerge.schema import Strict
@@ -84,12 +94,11 @@ class AcmTa(Method):
         return {"coefficient": self._coefficients(tensor)}
 
     def block_table(self) -> list[dict[str, Any]]:
-        rows = []
-        for expert, of_expert, shares in zip(self.model.experts, self.experts, self._shares, strict=True):
-            for place in sorted((place for place in shares if place.isdigit()), key=int):
-                row: dict[str, Any] = {"block": int(place), "alpha": of_expert.coefficient * (1 - shares[place])}
-                rows.append(row | ({"expert": expert} if len(self.experts) > 1 else {}))
-        return rows
+        by_block = [
+            {int(place): expert.coefficient * (1 - share) for place, share in shares.items() if place.isdigit()}
+            for expert, shares in zip(self.experts, self._shares, strict=True)
+        ]
+        return coefficient_rows(self.model.experts, by_block)
 
     def _coefficients(self, tensor: TensorContext) -> list[float]:
         place = place_of(tensor)

@@ -256,3 +256,12 @@ class Method(ABC):
     def block_table(self) -> list[dict[str, Any]]:
         """The manifest's `blocks`: one row per decoder block (and expert), for methods that have one."""
         return []
+
+
+def coefficient_rows(experts: Sequence[str], by_block: Sequence[Mapping[int, float]]) -> list[dict[str, Any]]:
+    """A block table of merge coefficients alone: model by model, block by block; named where there are several."""
+    return [
+        {"block": block, "alpha": alpha} | ({"expert": expert} if len(experts) > 1 else {})
+        for expert, coefficients in zip(experts, by_block, strict=True)
+        for block, alpha in sorted(coefficients.items())
+    ]

@@ -11,7 +11,15 @@ from pydantic import Field
 
 from streammerge.calibration.store import Calibrated, Measurement, Sensitivity
 from streammerge.fisher.store import FisherRecord
-from streammerge.methods.api import ExpertParameters, Method, ModelFacts, Results, RowBlock, TensorContext
+from streammerge.methods.api import (
+    ExpertParameters,
+    Method,
+    ModelFacts,
+    Results,
+    RowBlock,
+    TensorContext,
+    coefficient_rows,
+)
 from streammerge.schema import Strict
 
 if TYPE_CHECKING:
@@ -95,12 +103,11 @@ class Sens(Method):
         return {"coefficient": self._coefficients(tensor)}
 
     def block_table(self) -> list[dict[str, Any]]:
-        rows = []
-        for name, expert, scales in zip(self.model.experts, self.experts, self._by_block, strict=True):
-            for block, scale in sorted(scales.items()):
-                row: dict[str, Any] = {"block": block, "alpha": expert.coefficient * scale}
-                rows.append(row | ({"expert": name} if len(self.experts) > 1 else {}))
-        return rows
+        by_block = [
+            {block: expert.coefficient * scale for block, scale in scales.items()}
+            for expert, scales in zip(self.experts, self._by_block, strict=True)
+        ]
+        return coefficient_rows(self.model.experts, by_block)
 
     def _coefficients(self, tensor: TensorContext) -> list[float]:
         return [

@@ -198,3 +198,15 @@ def test_bad_parameters(name: str) -> None:
             resolve(name, experts=2, **{key: [0.5, 0.5, 0.5]})
         with pytest.raises(RecipeError, match=rf"method {name}.*ft1.*\b{key}\b"):
             resolve(name, experts=2, **{key: [0.5, float("nan")]})
+
+
+@pytest.mark.parametrize("name", ["acm_ta", "acm_ties", "sens"])
+@pytest.mark.parametrize("experts", [1, 2])
+def test_blocks_of_methods_that_have_a_coefficient_for_each(name: str, experts: int) -> None:
+    """The table says of every block and model what its tensors were merged with."""
+    merged = merge(name, make_models(experts))
+    assert [row["block"] for row in merged.blocks] == [0, 1, 2] * experts
+    for number, row in enumerate(merged.blocks):
+        report = merged.reports[f"model.layers.{row['block']}.mlp.down_proj.weight"]
+        assert row["alpha"] == pytest.approx(report["coefficient"][number // 3])
+        assert row.get("expert") == (f"ft{number // 3}" if experts > 1 else None)
