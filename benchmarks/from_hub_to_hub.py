@@ -4,8 +4,9 @@
 
 Makes a pair of checkpoints of a real shape where they are not there yet, puts them on a Hub on the loopback interface,
 and merges them from there by byte ranges, in several ways to keep the result: in a folder, or pushed without one, by
-LFS and by Xet. Prints one Markdown table. Memory is the kernel's own account of the finished process (`ru_maxrss`); the
-Hub runs in this one. Every pushed model is compared with the one in the folder, byte for byte.
+LFS and, where `--max-ram` has room for it, by Xet. Prints one Markdown table. Memory is the kernel's own account of the
+finished process (`ru_maxrss`); the Hub runs in this one. Every pushed model is compared with the one in the folder,
+byte for byte.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ from memory import OURS
 
 from streammerge.testing import Hub
 
-WAYS = {"in a folder": None, "pushed by LFS": "1", "pushed by Xet": "0"}  # HF_HUB_DISABLE_XET
+WAYS = {
+    "in a folder": "256MiB",
+    "pushed": "256MiB",
+    "pushed by Xet": "512MiB",
+}  # --max-ram; with 376 MiB or more Xet is used
 READING = ("info", "resolve", "download")
 
 
@@ -67,24 +72,21 @@ def measured(command: list[str], environment: Mapping[str, str], home: Path) -> 
 
 def row(hub: Hub, method: str, way: str, shard: str, out: Path) -> str:
     """Merge in one way: its line of the table."""
+    pushed = way != "in a folder"
     home, repository = out / "home", f"org/{method}-{way.replace(' ', '-')}"
     shutil.rmtree(home, ignore_errors=True)
-    environment = {
-        **hub.environment(),
-        "HF_HOME": str(home),
-        "HF_TOKEN": "hf_any",
-        "HF_HUB_DISABLE_XET": WAYS[way] or "1",
-    }
+    environment = {**hub.environment(), "HF_HOME": str(home), "HF_TOKEN": "hf_any"}
     command = ["--base", "org/base", "--ft", "org/ft", "--hub-mode", "stream", "-m", method, "--max-shard-size", shard]
+    command += ["--max-ram", WAYS[way]]
     command += ["--device", "cpu"] if method.startswith("fim") else []
-    target = ["--out", str(out / method)] if WAYS[way] is None else ["--push-to-hub", repository]
-    plan = [*OURS, "plan", *command, *(target if WAYS[way] else []), "--json"]
+    target = ["--out", str(out / method)] if not pushed else ["--push-to-hub", repository]
+    plan = [*OURS, "plan", *command, *(target if pushed else []), "--json"]
     planned = json.loads(
         subprocess.run(plan, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE).stdout
     )
     hub.record.clear()
     peak, most = measured([*OURS, "merge", *command, *target, "-q"], environment, home)
-    if WAYS[way] is not None:
+    if pushed:
         for name in hub.files(repository):
             local = out / method / name
             if name.endswith(".safetensors") and hub.read(repository, name) != local.read_bytes():
@@ -93,8 +95,8 @@ def row(hub: Hub, method: str, way: str, shard: str, out: Path) -> str:
     announced = planned["from_hub"]["total"]
     sent = sum(e.received for e in hub.record if e.endpoint in ("upload", "xorb-upload"))
     return (
-        f"| `{method}` | {way} | {peak:.0f} MiB | {planned['peak_host_bytes'] / 2**20:.0f} MiB | {read / 1e6:.1f} MB | "
-        f"{announced / 1e6:.1f} MB | {sent / 1e6:.1f} MB | {most or '-'} |"
+        f"| `{method}` | {way} | {WAYS[way]} | {peak:.0f} MiB | {planned['peak_host_bytes'] / 2**20:.0f} MiB | "
+        f"{read / 1e6:.1f} MB | {announced / 1e6:.1f} MB | {sent / 1e6:.1f} MB | {most or '-'} |"
     )
 
 
@@ -112,8 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     work.mkdir(parents=True)
     client = f"huggingface_hub {version('huggingface_hub')}, hf_xet {version('hf_xet')}"
     print(f"{arguments.shape}, {os.cpu_count()} cores, {platform.platform()}, {client}\n")
-    print("| method | result | peak memory | planned | read from the Hub | planned | uploaded | most shards on disk |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ("method", "result", "--max-ram", "peak memory", "planned", "read from the Hub", "planned", "uploaded")
+    print(f"| {' | '.join(columns)} | most shards on disk |")
+    print("|---|---|---|---|---|---|---|---|---|")
     with Hub(folder=work / "hub") as hub:
         for name in ("base", "ft"):
             hub.add(f"org/{name}", folder / name)

@@ -21,7 +21,6 @@ from streammerge.errors import RecipeError, StreammergeError
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FisherRecord, FisherSettings
 from streammerge.hub.publication import make_publication
-from streammerge.hub.xet import push_bytes
 from streammerge.options import (
     Against,
     AimOmega,
@@ -134,8 +133,9 @@ def merge(
         push = make_publication(push_values or None)
         if push is not None:
             push.check()
-        with streammerge.plan(job, max_ram=budget, threads=threads, hub_mode=hub_mode) as planned:
-            summary = planned.summary(run, push_bytes() if push is not None else 0)
+        uploads = push is not None
+        with streammerge.plan(job, max_ram=budget, threads=threads, hub_mode=hub_mode, uploads=uploads) as planned:
+            summary = planned.summary(run)
             if out is not None:
                 check_output(out, [model.folder for model in (planned.base, *planned.experts)], overwrite)
             if push is not None:

@@ -30,6 +30,7 @@ from streammerge.hub.commit import Pushed
 from streammerge.hub.publication import Publication, make_publication
 from streammerge.hub.pull import HubMode
 from streammerge.hub.settings import PushSettings
+from streammerge.hub.xet import transfers
 from streammerge.plan import MergePlan, plan
 from streammerge.recipe import Recipe
 from streammerge.report import manifest, resolved_recipe
@@ -93,7 +94,11 @@ def merge(
             stack.callback(push.tidy)
             stack.callback(push.close)
             push.check()
-        job = stack.enter_context(plan(recipe, max_ram=max_ram, threads=threads, hub_mode=hub_mode, progress=progress))
+        planned = plan(
+            recipe, max_ram=max_ram, threads=threads, hub_mode=hub_mode, uploads=push is not None, progress=progress
+        )
+        job = stack.enter_context(planned)
+        stack.enter_context(transfers(by_xet=job.xet_bytes > 0))
         if trust_remote_code:
             require_pinned(job.recipe.base)
         check_output(out, [model.folder for model in (job.base, *job.experts)], overwrite)

@@ -16,12 +16,13 @@ from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.layout import Shard, plan_shards
 from streammerge.checkpoints.locate import open_model
 from streammerge.compatibility import Match, match_experts, refuse_quantised
-from streammerge.errors import RecipeError
+from streammerge.errors import MemoryBudgetError, RecipeError
 from streammerge.fisher import FisherPlacement, place
 from streammerge.fisher.placement import IMPORT_BYTES as WITH_TRANSFORMERS
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import STORED_AS, FisherRecord, FisherSettings, open_fisher
 from streammerge.hub.pull import HubMode
+from streammerge.hub.xet import CLIENT_BYTES, ram_for_xet, xet_share
 from streammerge.methods.api import Method, TensorContext, Unit
 from streammerge.recipe import Recipe, Resolved, make_recipe, resolve_method
 from streammerge.travel import Travel
@@ -47,6 +48,8 @@ class MergePlan:
         shards: the output's layout.
         budget: memory of the merge.
         notes: what a user should know and need not mend.
+        uploads: whether shards are uploaded meanwhile.
+        xet_bytes: what hf_xet gets of the budget; 0: files travel without it.
         opened: bytes that came over the network to make the plan.
     """
 
@@ -61,6 +64,8 @@ class MergePlan:
     shards: tuple[Shard, ...]
     budget: Budget
     notes: list[str]
+    uploads: bool = False
+    xet_bytes: int = 0
 
     def __post_init__(self) -> None:
         self.calibrated: Calibrated | None = None
@@ -184,21 +189,22 @@ class MergePlan:
         inputs = [(self.base, self.base.tensors[tensor.name]), *self.expert_inputs(tensor)]
         return sum(info.nbytes for model, info in inputs if model.is_streamed(info))
 
-    def summary(self, run: FisherRun | None = None, push_bytes: int = 0) -> dict[str, Any]:
+    def summary(self, run: FisherRun | None = None) -> dict[str, Any]:
         """What `streammerge plan` prints.
 
         Args:
             run: how a Fisher pass would be run.
-            push_bytes: host memory that pushing takes meanwhile.
         """
         run = run or FisherRun()
         measured = [] if self.fishers else self.of_fishers
         placed = [place(model, self.recipe.fisher, run) for model in measured]
         calibration = self._calibration_cost()
         travel = self.travel(placed, calibration)
-        passes_host = [fisher.host_bytes for fisher in placed] + ([calibration.host_bytes] if calibration else [])
-        imported = WITH_TRANSFORMERS if passes_host else IMPORT_BYTES  # one process does it all
-        merges = imported + self.budget.total + push_bytes
+        beside = self.xet_bytes + (CLIENT_BYTES if self.uploads else 0)
+        hosted = [fisher.host_bytes for fisher in placed] + ([calibration.host_bytes] if calibration else [])
+        passes_host = [beside + size for size in hosted]
+        imported = WITH_TRANSFORMERS if hosted else IMPORT_BYTES  # one process does it all
+        merges = imported + self.budget.total + beside
         return {
             "method": self.recipe.method,
             "parameters_of_method": self.resolved.parameters,
@@ -222,11 +228,20 @@ class MergePlan:
             "workers": self.budget.workers,
             "peak_host_bytes": max([merges, *passes_host]),
             "peak_merge_bytes": merges,
+            "transfers": self._transfers(travel),
             "fisher_placement": asdict(max(placed, key=lambda fisher: fisher.host_bytes)) if placed else None,
             "fisher": self._fisher_source(),
             "calibration": asdict(calibration) if calibration else None,
             "notes": self.notes,
         }
+
+    def _transfers(self, travel: Travel | None) -> dict[str, Any] | None:
+        """How whole files travel to and from the Hub beside the merge; None where none do."""
+        downloads = bool(travel and travel.downloads)
+        if not (self.uploads or downloads):
+            return None
+        needed = ram_for_xet(uploads=self.uploads, downloads=downloads)
+        return {"by": "xet" if self.xet_bytes else "http", "xet_bytes": self.xet_bytes, "ram_for_xet": needed}
 
     def _fisher_source(self) -> str:
         if not self.method.needs_fisher:
@@ -257,6 +272,7 @@ def plan(
     max_ram: int = DEFAULT_MAX_RAM,
     threads: int | None = None,
     hub_mode: HubMode = "cache",
+    uploads: bool = False,
     progress: bool = False,
 ) -> MergePlan:
     """Open every input's headers, check them against one another and lay out the output.
@@ -266,6 +282,7 @@ def plan(
         max_ram: bytes for buffers and temporaries, on top of what importing torch takes.
         threads: workers; the processors by default, at most 8.
         hub_mode: how models on the Hub will be read; see `merge`. Planning fetches headers, index and config only.
+        uploads: whether the result will be pushed while it is merged.
         progress: show the progress of later downloads on standard error.
 
     Raises:
@@ -304,7 +321,14 @@ def plan(
         unbounded = Budget(1, 0, 0)
         job = MergePlan(recipe, base, experts, matches, fishers, resolved, actions, units, shards, unbounded, notes)
         held = {t.name: method.workspace(t) for t in contexts if actions[t.name] == "merge"}
-        job.budget = make_budget(max_ram, threads, units, {t.name: job.inputs(t) for t in contexts}, held)
+        job.uploads = uploads
+        job.xet_bytes = xet_share(max_ram, uploads=uploads, downloads=any(model.missing_bytes for model in job.models))
+        inputs = {tensor.name: job.inputs(tensor) for tensor in contexts}
+        try:
+            job.budget = make_budget(max_ram - job.xet_bytes, threads, units, inputs, held)
+        except MemoryBudgetError:
+            job.xet_bytes = 0
+            job.budget = make_budget(max_ram, threads, units, inputs, held)
         job._open = stack.pop_all()
         return job
 

@@ -139,10 +139,18 @@ def plan_text(summary: Mapping[str, Any]) -> str:
             f"{format_memory(summary['peak_merge_bytes'])} for the merge alone",
         ),
     ]
+    if transfers := summary["transfers"]:
+        rows.append(("transfers", _transfers(transfers)))
     if fisher_pass := summary["fisher_placement"]:
         rows.append(("Fisher pass", _placement(fisher_pass)))
     lines = [f"{key:14} {value}" for key, value in rows]
     return "\n".join(lines + [f"note           {note}" for note in summary["notes"]])
+
+
+def _transfers(transfers: Mapping[str, Any]) -> str:
+    if transfers["by"] == "xet":
+        return f"by Xet, with {format_memory(transfers['xet_bytes'])} of --max-ram"
+    return f"by plain HTTP; by Xet, where it is installed, with --max-ram {transfers['ram_for_xet'] >> 20}MiB or more"
 
 
 def _placement(fisher: Mapping[str, Any]) -> str:

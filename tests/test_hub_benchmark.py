@@ -8,13 +8,13 @@ from from_hub_to_hub import main
 
 
 def test_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(from_hub_to_hub, "WAYS", {"in a folder": None, "pushed by LFS": "1"})
+    monkeypatch.setattr(from_hub_to_hub, "WAYS", {"in a folder": "256MiB", "pushed": "64MiB"})
     main(["--shape", "tiny", "--out", str(tmp_path), "--methods", "task_arithmetic", "--max-shard-size", "50KB"])
     *_, header, _, folder, lfs = capsys.readouterr().out.splitlines()
     names = [name.strip("| ") for name in header.split(" | ")]
-    for line, way, sent in ((folder, "in a folder", "0.0 MB"), (lfs, "pushed by LFS", "0.4 MB")):
+    for line, way, sent in ((folder, "in a folder", "0.0 MB"), (lfs, "pushed", "0.4 MB")):
         cells = [cell.strip("| ") for cell in line.split(" | ")]
         assert (cells[0], cells[1], cells[names.index("uploaded")]) == ("`task_arithmetic`", way, sent)
-        assert 100 < float(cells[2].removesuffix(" MiB")) < 1000
-        assert cells[4] == cells[5] != "0.0 MB"
+        assert 100 < float(cells[3].removesuffix(" MiB")) < 1000
+        assert cells[5] == cells[6] != "0.0 MB"
     assert [path.name for path in tmp_path.iterdir()] == ["tiny-pair"]

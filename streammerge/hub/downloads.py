@@ -11,10 +11,12 @@ from typing import Any
 from streammerge.errors import TransferError
 from streammerge.hub.repository import Pinned
 from streammerge.hub.tries import PassingError, hub_errors, persist
-from streammerge.hub.xet import limit_xet_memory
+from streammerge.hub.xet import has_xet, limit_xet_memory
+from streammerge.units import format_size
 
 _TEXTS = (".json", ".txt", ".model", ".jinja", ".py")  # what transformers reads of a model besides its weights
 _MOST_TEXT_BYTES = 100_000_000
+_MOST_BY_HTTP = 50_000_000_000
 _CHUNK_BYTES = 1 << 20  # of a plain download; ten times as much by default, and several of it at once
 _at_once = Semaphore(2)  # of the whole process: every download holds tens of megabytes in the client
 
@@ -37,6 +39,7 @@ class Downloads:
         self, pinned: Pinned, sizes: Mapping[str, int | None], where: Callable[[str], str], progress: bool, stop: Event
     ) -> None:
         self._pinned, self._where, self._progress, self._stop = pinned, where, progress, stop
+        self._sizes = sizes
         self._texts = [
             name
             for name, size in sizes.items()
@@ -95,6 +98,11 @@ class Downloads:
 
     def _download(self, name: str) -> Path:
         where = self._where(name)
+        if (self._sizes[name] or 0) > _MOST_BY_HTTP and not has_xet():
+            raise TransferError(
+                f"{where}: the Hub serves files above {format_size(_MOST_BY_HTTP)} by Xet only: install hf_xet and "
+                "give more --max-ram, or take --hub-mode stream"
+            )
 
         def attempt() -> Path:
             from huggingface_hub import hf_hub_download

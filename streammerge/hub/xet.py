@@ -1,7 +1,23 @@
-"""Memory of the Hub's client beside a merge, and of hf_xet, its transport in Rust, kept to what can be spared."""
+"""Memory of the Hub's client beside a merge, and of hf_xet, its transport in Rust, kept within `--max-ram`.
+
+Xet works with blocks of 64 MB, of which several are in memory however few are let onto the network. So it gets a
+share of the budget where that is large enough, and else files travel by plain HTTP, uploads by LFS, which takes
+nothing to speak of and gives the same files.
+"""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
+
+CLIENT_BYTES = 20 << 20  # what pushing takes in the client itself, on top of what importing torch takes
+
+# Measured with the limits below, whatever the size of the files and the speed of the network: 190 to 275 MiB for an
+# upload at a time, 120 to 145 MiB for two downloads.
+_UPLOAD_BYTES, _DOWNLOAD_BYTES = 280 << 20, 144 << 20
+_LEAST_LEFT = 96 << 20  # for the merge itself
 
 # Read when hf_xet makes its session; by default the buffers grow with the machine, to gigabytes.
 _LIMITS = {
@@ -25,15 +41,32 @@ def limit_xet_memory() -> None:
         os.environ.setdefault(name, value)
 
 
-def push_bytes() -> int:
-    """Host memory that pushing takes beside a merge: the client, and where it is used hf_xet with these limits.
+def has_xet() -> bool:
+    """Whether the client would use Xet."""
+    from huggingface_hub import constants
 
-    Measured: 250 to 275 MiB for any size of file and speed of the network, a few blocks of 64 MB on their way.
-    """
-    from huggingface_hub.constants import HF_HUB_DISABLE_XET
-
-    return _CLIENT_BYTES + (0 if HF_HUB_DISABLE_XET or find_spec("hf_xet") is None else _XET_BYTES)
+    return not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
 
 
-_CLIENT_BYTES = 20 << 20
-_XET_BYTES = 280 << 20
+def xet_share(max_ram: int, *, uploads: bool, downloads: bool) -> int:
+    """The bytes of `max_ram` that hf_xet gets for these transfers; 0: it is not to be used."""
+    share = uploads * _UPLOAD_BYTES + downloads * _DOWNLOAD_BYTES
+    return share if share and max_ram - share >= _LEAST_LEFT and has_xet() else 0
+
+
+def ram_for_xet(*, uploads: bool, downloads: bool) -> int:
+    """The least `max_ram` with which `xet_share` gives anything."""
+    return uploads * _UPLOAD_BYTES + downloads * _DOWNLOAD_BYTES + _LEAST_LEFT
+
+
+@contextmanager
+def transfers(*, by_xet: bool) -> Iterator[None]:
+    """Have huggingface_hub use Xet, where the environment lets it, or not; in the whole process."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_DISABLE_XET
+    constants.HF_HUB_DISABLE_XET = before or not by_xet
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before

@@ -66,6 +66,7 @@ def _ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 SHARDED = ("--max-shard-size", "6KB", "-q")
 PAIR = ("--base", "org/base", "--ft", "org/ft", "--hub-mode", "stream", *SHARDED)
+ROOM = {False: (), True: ("--max-ram", "512MiB")}  # for Xet
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_fim_ties_by_byte_ranges_in_and_shard_by_shard_out(
     announced = json.loads(planned.stdout)["from_hub"]["total"]
     hub.record.clear()
 
-    command = (*PAIR, "--device", "cpu", "--push-to-hub", "org/new")
+    command = (*PAIR, *ROOM[xet], "--device", "cpu", "--push-to-hub", "org/new")
     result, seen = sampled(tmp_path, lambda: start(*command, HF_HUB_DISABLE_XET="0" if xet else "1"))
     assert result.returncode == 0, result.stderr
     assert weights(hub) == local("--device", "cpu")
@@ -108,10 +109,21 @@ def test_fim_ties_by_byte_ranges_in_and_shard_by_shard_out(
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize(("room", "way"), [("375MiB", "upload"), ("376MiB", "xorb-upload")])
+def test_xet_is_used_where_the_budget_has_room_for_it(hub: Hub, start: Start, room: str, way: str) -> None:
+    """280 MiB for Xet, and 96 MiB for the merge; whatever is used, `plan` says so."""
+    arguments = (*PAIR[:-1], "-m", "task_arithmetic", "--max-ram", room, "--push-to-hub", "org/new")
+    planned = start("plan", *arguments, "--json", HF_HUB_DISABLE_XET="0")
+    said = json.loads(planned.stdout)["transfers"]
+    assert (said["by"], said["ram_for_xet"]) == ({"upload": "http", "xorb-upload": "xet"}[way], 376 << 20)
+    assert start(*arguments, HF_HUB_DISABLE_XET="0").returncode == 0
+    assert {e.endpoint for e in hub.record} & {"upload", "xorb-upload"} == {way}
+
+
 @pytest.mark.parametrize("xet", [False, True], ids=["LFS", "Xet"])
 def test_ctrl_c_does_not_wait_for_an_upload(hub: Hub, start: Start, tmp_path: Path, xet: bool) -> None:
     stalled = hub.misbehave(Fault("stall", path="*xorb*" if xet else "/upload/*", seconds=60, times=None))
-    arguments = (*PAIR, "-m", "task_arithmetic", "--push-to-hub", "org/new")
+    arguments = (*PAIR, *ROOM[xet], "-m", "task_arithmetic", "--push-to-hub", "org/new")
     process = start(*arguments, HF_HUB_DISABLE_XET="01"[not xet], wait=False)
     while not stalled.struck:
         assert process.poll() is None
@@ -128,7 +140,7 @@ def test_ctrl_c_does_not_wait_for_an_upload(hub: Hub, start: Start, tmp_path: Pa
 
 def test_killed_when_all_is_uploaded_by_xet(hub: Hub, start: Start, local: Callable[..., dict[str, bytes]]) -> None:
     committing = hub.misbehave(Fault("stall", path="*/commit/*", seconds=60))
-    arguments = (*PAIR, "-m", "task_arithmetic", "--push-to-hub", "org/new")
+    arguments = (*PAIR, *ROOM[True], "-m", "task_arithmetic", "--push-to-hub", "org/new")
     process = start(*arguments, HF_HUB_DISABLE_XET="0", wait=False)
     while not committing.struck:
         assert process.poll() is None
@@ -150,7 +162,7 @@ def test_the_token_is_nowhere(hub: Hub, start: Start, tmp_path: Path, way: str, 
         hub.misbehave(Fault("status", path="*/preupload/*", status=403, times=None, after=1))
     loud = {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "RUST_LOG": "debug", "HF_HUB_DISABLE_XET": "01"[not xet]}
     options = ("-m", "task_arithmetic", "--push-to-hub", "org/new", "--private", "--debug")
-    result = start(*PAIR, *options, **loud)
+    result = start(*PAIR, *ROOM[xet], *options, **loud)
     assert result.returncode == (0 if way == "pushed" else 1), result.stderr
     if way != "pushed":
         assert "Traceback" in result.stderr
