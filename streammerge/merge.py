@@ -105,7 +105,10 @@ def merge(
             check_calibration(job.models, job.recipe.calibration, run)
         licences = [stated_licence(model) for model in job.models]
         texts = text_digests(job.recipe.calibration)
+        inputs = [*job.models, *(fisher for fisher, _ in job.fishers)]
+        stamps = [model.stamps() for model in inputs]  # a few samples, as in `sources`, may miss a change
         identity = {"version": __version__, "recipe": resolved_recipe(job), "sources": sources, "texts": texts}
+        identity["input files"] = stamps
         elsewhere = push.uploaded_before if push is not None else nothing_elsewhere
         writer = stack.enter_context(CheckpointWriter(out, job.shards, identity, fresh=overwrite, elsewhere=elsewhere))
         try:
@@ -151,6 +154,8 @@ def _write(
 
     while True:
         method, entries = Engine(job, writer, progress, push.room if push is not None else None).run()
+        for model in (*job.models, *(fisher for fisher, _ in job.fishers)):
+            model.require_unchanged()
         result = manifest(job, method, sources, entries, writer.finished)
         files = _other_files(job, result, licences)
         if push is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -120,7 +120,7 @@ def measure(
     count = torch.get_num_threads() if where.type == "cpu" else 1
     identity = BaseIdentity(id=base.id, revision=base.revision, fingerprint=base.fingerprint())
     with (
-        _writer(out, shards, identity, settings, ids, str(where), overwrite) as writer,
+        _writer(out, shards, identity, base.stamps(), settings, ids, str(where), overwrite) as writer,
         progress_bar(2 * len(model.blocks) + 1, "Fisher", "block", progress) as bar,
         single_threaded_torch(),
         Workers(count) as workers,
@@ -136,6 +136,7 @@ def measure(
         walk = Walk(model, ids, reduction, state, workers, prepared.stay, advance, phases)
         try:
             walk.run()
+            base.require_unchanged()
         except (CheckpointError, RecipeError):
             writer.discard()  # the input is at fault, running again would not help
             raise
@@ -155,6 +156,7 @@ def _writer(
     out: Path,
     shards: Sequence[Shard],
     base: BaseIdentity,
+    stamps: Mapping[str, tuple[int, int]],
     settings: FisherSettings,
     ids: Tensor,
     device: str,
@@ -164,6 +166,7 @@ def _writer(
     identity = {
         "version": __version__,
         "base": base.model_dump(),
+        "base files": stamps,
         **settings.model_dump(),
         "tokens": token_digest(ids),
         "device": device,

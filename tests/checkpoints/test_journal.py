@@ -85,8 +85,8 @@ def test_what_is_no_entry_is_not_believed(path: Path, tail: bytes) -> None:
 def test_an_entry_is_on_disk_before_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[bytes] = []
     path = tmp_path / "journal"
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(path.read_bytes()))
     journal = Journal(path)
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(path.read_bytes()))
     journal.append({"a": 1})
     assert synced == [path.read_bytes()]
     assert synced[0].endswith(b'{"a": 1}\n')

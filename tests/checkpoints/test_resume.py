@@ -173,7 +173,7 @@ def test_the_bytes_are_on_disk_before_the_line(
         events.append(os.fstat(fd).st_ino)
 
     def append(self: Journal, line: dict[str, Any]) -> None:
-        events.append(line)
+        events.append({"tensors": line["tensors"]})
         real_append(self, line)
 
     with start(out) as target:
