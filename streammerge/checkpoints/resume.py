@@ -96,7 +96,7 @@ def _are_intact(path: Path, shard: Shard, sums: Mapping[str, int]) -> bool:
 
 
 def _has_size(path: Path, size: int) -> bool:
-    return path.exists() and path.stat().st_size == size
+    return path.exists() and disk.status(path).st_size == size
 
 
 def _sha256(path: Path) -> str:

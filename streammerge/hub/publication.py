@@ -46,7 +46,7 @@ class Publication:
         """Remove that folder, and those made around it, where they are empty."""
         with suppress(OSError):
             for folder in (self.folder(), *self.folder().parents[:2]):
-                folder.rmdir()
+                disk.remove_folder(folder)
 
     def check(self) -> None:
         """Everything that can be found out about the target before anything is read."""

@@ -25,7 +25,6 @@ ELSEWHERE = {
     "calibration/store.py": "reads the calibration texts for their SHA-256",
     "checkpoints/files.py": "asks for the size of a small file",
     "checkpoints/output.py": "reads the manifest of what is to be replaced",
-    "checkpoints/resume.py": "asks for the size of a shard",
     "cli.py": "closes a standard output that nobody reads",
     "demo.py": "makes the folder of the demonstration",
     "diagnose/plot.py": "writes the plot of a diagnosis",
@@ -56,11 +55,8 @@ def around_the_seam(source: str) -> set[str]:
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
             found |= {f"os.{node.attr}"} if node.attr in OF_OS else set()
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            of_disk = isinstance(node.func.value, ast.Name) and node.func.value.id == "disk"
             mode = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else ""
-            if not of_disk and (
-                node.func.attr in OF_PATHS or (node.func.attr == "open" and mode in ("rb", "wb", "r+b"))
-            ):
+            if node.func.attr in OF_PATHS or (node.func.attr == "open" and mode in ("rb", "wb", "r+b")):
                 found.add(f".{node.func.attr}")
             if node.func.attr == "stat" and not node.args:
                 found.add(".stat")
