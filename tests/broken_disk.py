@@ -8,18 +8,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
-WRITES = (
-    "write",
-    "pwrite",
-    "fsync",
-    "fdatasync",
-    "ftruncate",
-    "posix_fallocate",
-    "replace",
-    "unlink",
-    "mkdir",
-    "rmdir",
-)
+OF_FILES = ("write", "pwrite", "fsync", "fdatasync", "ftruncate", "posix_fallocate")
+OF_FOLDERS = ("replace", "unlink", "mkdir", "rmdir")
+WRITES = OF_FILES + OF_FOLDERS
 READS = ("read", "pread", "preadv", "stat", "scandir")
 
 

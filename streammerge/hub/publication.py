@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from streammerge.checkpoints import disk
 from streammerge.checkpoints.room import DiskRoom
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.hub.commit import Commit, LostObjectsError, Pushed

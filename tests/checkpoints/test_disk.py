@@ -55,6 +55,8 @@ def around_the_seam(source: str) -> set[str]:
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
             found |= {f"os.{node.attr}"} if node.attr in OF_OS else set()
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if isinstance(node.func.value, ast.Name) and node.func.value.id == "disk":
+                continue
             mode = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else ""
             if node.func.attr in OF_PATHS or (node.func.attr == "open" and mode in ("rb", "wb", "r+b")):
                 found.add(f".{node.func.attr}")
