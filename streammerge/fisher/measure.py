@@ -18,7 +18,7 @@ from streammerge._version import __version__
 from streammerge.checkpoints.buffers import as_bytes
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix, torch_dtype
 from streammerge.checkpoints.layout import Shard, file_names, plan_shards
-from streammerge.checkpoints.output import check_output
+from streammerge.checkpoints.output import check_output, void_with_inputs
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.compatibility import refuse_quantised
 from streammerge.errors import CheckpointError, MemoryBudgetError, RecipeError
@@ -135,11 +135,9 @@ def measure(
         reduction = FisherSquares(model, set(wanted), sink, len(ids), workers)
         walk = Walk(model, ids, reduction, state, workers, prepared.stay, advance, phases)
         try:
-            walk.run()
-            base.require_unchanged()
-        except (CheckpointError, RecipeError):
-            writer.discard()  # the input is at fault, running again would not help
-            raise
+            with void_with_inputs([base], writer.discard):
+                walk.run()
+                base.require_unchanged()
         except torch.OutOfMemoryError as error:
             raise MemoryBudgetError(
                 f"the Fisher pass ran out of memory on {where}: repeat the command with a smaller --max-vram, and it "
