@@ -77,7 +77,8 @@ class Engine:
                 bar.update(count)
 
         def loop() -> None:
-            reader = RowReader(self.plan.budget.buffer_bytes, self.plan.recipe.allow_nonfinite, advance)
+            plan = self.plan
+            reader = RowReader(plan.budget.buffer_bytes, plan.recipe.allow_nonfinite, advance, again=label == "Survey")
             while not stop.is_set():
                 with lock:
                     batch = next(queue, None)
@@ -118,12 +119,13 @@ class Engine:
 
     def _merge(self, reader: RowReader, unit: Unit) -> None:
         action = self.plan.actions[unit.tensors[0].name]
-        inputs = reader.open(unit)
+        passes = list(self.method.passes(unit)) if action == "merge" else []
+        inputs = reader.open(unit, once=not any(step.reads_rows for step in passes))
         results: dict[str, Any] = {}
         if action == "merge":
             if self.plan.calibrated is not None:
                 results["calibrated"] = {tensor.name: self.plan.calibrated.of(tensor.name) for tensor in unit.tensors}
-            for step in self.method.passes(unit):
+            for step in passes:
                 state = step.start(unit, results)
                 if state is not None:
                     for block in reader.blocks() if step.reads_rows else ():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -17,9 +17,9 @@ from streammerge.calibration.store import text_digests
 from streammerge.checkpoints.checkpoint import CARD_FILE, MANIFEST_FILE, Checkpoint
 from streammerge.checkpoints.layout import file_names, index_files
 from streammerge.checkpoints.locate import require_pinned
-from streammerge.checkpoints.output import WORK_DIR, check_output
+from streammerge.checkpoints.output import WORK_DIR, check_output, void_with_inputs
 from streammerge.checkpoints.writer import CheckpointWriter, nothing_elsewhere
-from streammerge.errors import CheckpointError, RecipeError
+from streammerge.errors import RecipeError
 from streammerge.fisher import check as check_fisher
 from streammerge.fisher import fisher as measure_fisher
 from streammerge.fisher.placement import FisherRun
@@ -109,11 +109,11 @@ def merge(
         if job.method.calibration:
             check_calibration(job.models, job.recipe.calibration, run)
         licences = [stated_licence(model) for model in job.models]
-        texts = text_digests(job.recipe.calibration)
-        identity = {"version": __version__, "recipe": resolved_recipe(job), "sources": sources, "texts": texts}
+        inputs = [*job.models, *(fisher for fisher, _ in job.fishers)]
+        identity = _identity(job, inputs, sources)
         elsewhere = push.uploaded_before if push is not None else nothing_elsewhere
         writer = stack.enter_context(CheckpointWriter(out, job.shards, identity, fresh=overwrite, elsewhere=elsewhere))
-        try:
+        with void_with_inputs(inputs, writer.discard):
             if push is not None:
                 stack.enter_context(push.begin(writer, keep=keep, progress=progress))
             for number, (folder, model) in enumerate(unmeasured):
@@ -137,10 +137,18 @@ def merge(
                 writer.publish(files)
             else:
                 writer.discard()
-        except (CheckpointError, RecipeError):
-            writer.discard()  # the input is at fault, running again would not help
-            raise
     return result if pushed is None else {**result, "push": asdict(pushed)}
+
+
+def _identity(job: MergePlan, inputs: Sequence[Checkpoint], sources: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the bytes of the merge depend on."""
+    return {
+        "version": __version__,
+        "recipe": resolved_recipe(job),
+        "sources": sources,
+        "input files": [model.stamps() for model in inputs],  # the samples in `sources` may miss a change
+        "texts": text_digests(job.recipe.calibration),
+    }
 
 
 def _write(
@@ -156,6 +164,8 @@ def _write(
 
     while True:
         method, entries = Engine(job, writer, progress, push.room if push is not None else None).run()
+        for model in (*job.models, *(fisher for fisher, _ in job.fishers)):
+            model.require_unchanged()  # before anything of it becomes visible
         result = manifest(job, method, sources, entries, writer.finished)
         files = _other_files(job, result, licences)
         if push is None:

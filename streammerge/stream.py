@@ -16,6 +16,7 @@ from torch import Tensor
 from streammerge.budget import aligned, run_bytes, unit_bytes
 from streammerge.checkpoints.buffers import as_bytes
 from streammerge.checkpoints.checkpoint import Checkpoint, require_finite, torch_dtype
+from streammerge.checkpoints.checksum import add, part_sum
 from streammerge.checkpoints.header import TensorInfo
 from streammerge.methods.api import RowBlock, TensorContext, Unit
 
@@ -74,11 +75,17 @@ class RowReader:
         buffer_bytes: size of the buffer.
         allow_nonfinite: do not look for NaN and Inf.
         advance: called with the number of bytes after each read.
+        again: all that is read will be read again.
+
+    What is read more than once, by any reader, must be the same every time: its checksum is compared, and
+    CheckpointError raised where it differs.
     """
 
-    def __init__(self, buffer_bytes: int, allow_nonfinite: bool, advance: Callable[[int], object]) -> None:
+    def __init__(
+        self, buffer_bytes: int, allow_nonfinite: bool, advance: Callable[[int], object], again: bool = False
+    ) -> None:
         self._buffer = torch.empty(buffer_bytes, dtype=torch.uint8)
-        self._allow_nonfinite, self._advance = allow_nonfinite, advance
+        self._allow_nonfinite, self._advance, self._again = allow_nonfinite, advance, again
 
     def load(self, batch: Batch) -> None:
         """Make these the units that can be opened, and read them if they fit the buffer; a larger one comes alone."""
@@ -98,11 +105,15 @@ class RowReader:
         self._places = places
         for model, of_model in parts.items():
             model.read_many(of_model)
+            for info, _, data in of_model:
+                if self._again or model.is_known(info):
+                    model.confirm(info, part_sum(data))
             self._advance(sum(info.nbytes for info, _, _ in of_model))
 
-    def open(self, unit: Unit) -> Mapping[str, Inputs]:
-        """Make a unit of the batch the one that `blocks` walks."""
+    def open(self, unit: Unit, once: bool = False) -> Mapping[str, Inputs]:
+        """Make a unit of the batch the one that `blocks` walks, `once` or more often."""
         self._unit, self._inputs = unit, self._batch[unit.key]
+        self._once = once and not self._again
         self._kept: list[_Run] | None = None
         self._checked = self._allow_nonfinite
         loaded = unit.key in self._places
@@ -119,16 +130,20 @@ class RowReader:
         offset = 0
         for tensor in self._unit.tensors:
             step = self._rows_that_fit(tensor) if position is None else tensor.rows
+            sums = [0 if self._is_compared(source) else None for source in self._inputs[tensor.name].all]
             for first in range(0, tensor.rows, max(step, 1)):
                 rows = min(step, tensor.rows - first)
                 if position is None:
-                    self._read(tensor, first, rows)
+                    self._read(tensor, first, rows, sums)
                 run = self._run(tensor, first, rows, position or 0, offset)
                 yield from run.tiles()
                 if position is not None:
                     position += run_bytes(tensor, self._inputs[tensor.name].infos, rows)
                     kept.append(run)
             offset += tensor.numel
+            for source, checksum in zip(self._inputs[tensor.name].all, sums, strict=True):
+                if position is None and checksum is not None:
+                    source.model.confirm(source.info, checksum)
         self._checked = True
         if position is not None:
             self._kept = kept
@@ -137,16 +152,21 @@ class RowReader:
         tile = run_bytes(tensor, self._inputs[tensor.name].infos, tensor.tile_rows)
         return max(1, len(self._buffer) // max(tile, 1)) * tensor.tile_rows
 
-    def _read(self, tensor: TensorContext, first: int, rows: int) -> None:
-        """Some rows of every input, from the start of the buffer on."""
+    def _read(self, tensor: TensorContext, first: int, rows: int, sums: list[int | None]) -> None:
+        """Some rows of every input, from the start of the buffer on; added to the checksums that are asked for."""
         position = 0
-        for source in self._inputs[tensor.name].all:
+        for number, (source, checksum) in enumerate(zip(self._inputs[tensor.name].all, sums, strict=True)):
             row_bytes = source.info.nbytes // tensor.rows
             raw = self._buffer[position : position + rows * row_bytes]
             source.model.read_into(source.info, first * row_bytes, as_bytes(raw))
             self._advance(len(raw))
             self.bytes_read += len(raw)
             position += aligned(len(raw))
+            if checksum is not None:
+                sums[number] = add(checksum, part_sum(as_bytes(raw), first * row_bytes))
+
+    def _is_compared(self, source: Input) -> bool:
+        return not self._once or source.model.is_known(source.info)
 
     def _run(self, tensor: TensorContext, first: int, rows: int, position: int, offset: int) -> _Run:
         """Rows that lie in the buffer from `position` on; looked through for NaN and Inf the first time."""

@@ -268,9 +268,9 @@ def test_the_buffers_stay_within_the_budget(
     allocated: list[int] = []
 
     class Counting(engine.RowReader):
-        def __init__(self, buffer_bytes: int, *rest: Any) -> None:
+        def __init__(self, buffer_bytes: int, *rest: Any, **options: Any) -> None:
             allocated.append(buffer_bytes)
-            super().__init__(buffer_bytes, *rest)
+            super().__init__(buffer_bytes, *rest, **options)
 
     monkeypatch.setattr(engine, "RowReader", Counting)
     job = recipe(trio, "ties")
@@ -367,9 +367,9 @@ def test_a_failed_read_leaves_a_run_that_can_go_on(
 def _failing(reader: Any, fail: Any, patch: pytest.MonkeyPatch) -> Any:
     """Reads fail from the moment the engine makes its first reader; headers were read before."""
 
-    def make(*args: Any) -> Any:
+    def make(*args: Any, **options: Any) -> Any:
         patch.setattr(LocalFile, "read_into", fail)
-        return reader(*args)
+        return reader(*args, **options)
 
     return make
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from streammerge._version import __version__
@@ -26,8 +24,10 @@ from streammerge.calibration.store import (
     Measurement,
     Sensitivity,
     entry,
+    write_tensors,
 )
 from streammerge.calibration.texts import calibration_tokens
+from streammerge.checkpoints import disk
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.checkpoints.output import transfer_errors
 from streammerge.errors import MemoryBudgetError
@@ -90,7 +90,7 @@ def measure(
 
     def save_entries(name: str, entries: Mapping[str, Tensor]) -> None:
         file = f"{name}.safetensors"
-        save_file({key: value.contiguous() for key, value in entries.items()}, folder / file)
+        write_tensors(folder / file, entries)
         tensors.update(dict.fromkeys(entries, file))  # `calibration.json` comes last: no file counts before it
 
     walks = _walks(prepared, settings, measurements)
@@ -106,7 +106,7 @@ def measure(
         single_threaded_torch(),
         Workers(count) as workers,
     ):
-        folder.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(folder)
 
         def advance(done: int) -> None:
             bar.update(done)
@@ -141,7 +141,7 @@ def measure(
             sensitivity=sensitivity,
             tensors=tensors,
         )
-        _write(folder / CALIBRATION_FILE, json.dumps(record.model_dump(), indent=1).encode() + b"\n")
+        disk.replace_file(folder / CALIBRATION_FILE, json.dumps(record.model_dump(), indent=1).encode() + b"\n")
     return record
 
 
@@ -169,13 +169,3 @@ def _memory_errors(where: torch.device) -> Iterator[None]:
         raise MemoryBudgetError(
             f"the calibration ran out of memory on {where}: repeat the command with --device cpu"
         ) from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not there."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

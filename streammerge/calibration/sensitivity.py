@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from streammerge.calibration.lockstep import Lockstep, Observer
 from streammerge.calibration.store import CalibrationSettings, Sensitivity
+from streammerge.checkpoints import disk
 from streammerge.errors import CheckpointError
 from streammerge.fisher.blocks import BlockModel
 from streammerge.fisher.head import logit_rows, rows_at_a_time
@@ -86,10 +86,10 @@ def block_sensitivities(
     L is the summed negative log-likelihood of a sample's next tokens, in nats. Of a mixture, the experts that were
     reached count.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted call, whose sums are lost
+    disk.remove_tree(folder)  # of an interrupted call, whose sums are lost
     reduction = WeightedGradients(model, workers)
     Walk(model, ids, reduction, WalkState(folder), workers, (), advance, phases).run()
-    shutil.rmtree(folder, ignore_errors=True)
+    disk.remove_tree(folder)
     found = {
         block: math.fsum(reduction.found.get(name, 0.0) for name in model.parameters(block)) / len(ids)
         for block in range(len(model.blocks))

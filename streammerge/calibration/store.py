@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator
 
+from streammerge.checkpoints import disk
+from streammerge.checkpoints.buffers import as_bytes
+from streammerge.checkpoints.checkpoint import torch_dtype
+from streammerge.checkpoints.header import DTYPES, parse_header
+from streammerge.checkpoints.layout import plan_shards
+from streammerge.checkpoints.output import transfer_errors
+from streammerge.checkpoints.shard_file import ShardFile
+from streammerge.checkpoints.source import LocalFile
 from streammerge.errors import RecipeError
 from streammerge.fisher.store import ComputeDType
 from streammerge.schema import Strict
@@ -108,15 +117,43 @@ def entry(measurement: str, model: int, tensor: str) -> str:
 
 def open_calibration(folder: Path) -> Calibrated:
     """A finished calibration of ours; its tensors are read when they are asked for."""
-    from safetensors import safe_open
-
-    record = CalibrationRecord.model_validate(json.loads((folder / CALIBRATION_FILE).read_text("utf-8")))
+    path = folder / CALIBRATION_FILE
+    with transfer_errors(path, "cannot be read"):
+        record = CalibrationRecord.model_validate(json.loads(disk.read_file(path)))
 
     def read(name: str) -> Tensor:
-        with safe_open(folder / record.tensors[name], "pt") as file:
-            return file.get_tensor(name)  # type: ignore[no-any-return]
+        return _read_tensor(folder / record.tensors[name], name)
 
     return Calibrated(record, read)
+
+
+def write_tensors(path: Path, entries: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file; durable when this returns."""
+    import torch
+
+    names = {getattr(torch, dtype.torch_name): name for name, dtype in DTYPES.items() if dtype.torch_name}
+    wanted = ((name, names[values.dtype], tuple(values.shape)) for name, values in entries.items())
+    (shard,) = plan_shards(wanted, sys.maxsize)
+    file = ShardFile(shard, path)
+    try:
+        for info in shard.tensors:
+            file.write(info.start, as_bytes(entries[info.name].cpu().contiguous()))
+        file.flush()
+    finally:
+        file.close()
+
+
+def _read_tensor(path: Path, name: str) -> Tensor:
+    import torch
+
+    source = LocalFile(path, f"calibration, file {path}")
+    try:
+        info = parse_header(source.header(), source.size, path.name, source.where)[name]
+        raw = torch.empty(info.nbytes, dtype=torch.uint8)
+        source.read_into(as_bytes(raw), info.start)
+    finally:
+        source.close()
+    return raw.view(torch_dtype(info.dtype)).view(info.shape)
 
 
 def text_digests(settings: CalibrationSettings) -> list[str]:

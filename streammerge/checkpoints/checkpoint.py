@@ -70,6 +70,7 @@ class Checkpoint:
         self.config = config
         self.tensors = tensors
         self._sources = sources
+        self._sums: dict[str, int] = {}
 
     @classmethod
     def open(
@@ -139,6 +140,32 @@ class Checkpoint:
             by_file.setdefault(info.file, []).append((info.start + start, buffer))
         for file, of_file in by_file.items():
             self._sources[file].read_many(of_file)
+
+    def is_known(self, info: TensorInfo) -> bool:
+        """Whether `confirm` has been told of the tensor."""
+        return info.name in self._sums
+
+    def confirm(self, info: TensorInfo, checksum: int) -> None:
+        """Compare what was just read of the whole tensor with what was read of it before, the first time with nothing.
+
+        Raises:
+            CheckpointError: the file is being written, or disk or memory fail.
+        """
+        if self._sums.setdefault(info.name, checksum) != checksum:
+            raise CheckpointError(
+                f"model {self.id}, file {info.file}: tensor {info.name!r} changed between two readings: run the "
+                "command again once nothing writes there; if nothing does, check disk and memory"
+            )
+
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """Size in bytes, and time of the last change in ns, of every weight file of a local folder."""
+        stamps = {file: source.stamp for file, source in self._sources.items() if self.folder is not None}
+        return {file: stamp for file, stamp in stamps.items() if stamp is not None}
+
+    def require_unchanged(self) -> None:
+        """Raise CheckpointError where a local weight file is not the one that was opened, or was written to since."""
+        for source in self._sources.values():
+            source.require_unchanged()
 
     def will_need(self, info: TensorInfo) -> None:
         """All of the tensor will be read soon."""

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 
+from streammerge.checkpoints import disk
 from streammerge.checkpoints.source import LocalFile, Source
 from streammerge.errors import CheckpointError, HeaderError, TransferError
 
@@ -100,7 +101,7 @@ class LocalFolder(Files):
         if path.stat().st_size > MAX_TEXT_BYTES:
             raise HeaderError(f"{where}: larger than {MAX_TEXT_BYTES} bytes")
         try:
-            return path.read_bytes()
+            return disk.read_file(path)
         except OSError as error:
             raise TransferError(f"{where}: cannot be read: {error.strerror}") from error
 

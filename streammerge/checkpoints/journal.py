@@ -5,10 +5,11 @@ only make work be done again, never be believed.
 """
 
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import Any
+
+from streammerge.checkpoints import disk
 
 
 class Journal:
@@ -16,21 +17,26 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.entries, intact = _read(path)
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        os.ftruncate(self._fd, intact)
-        os.lseek(self._fd, 0, os.SEEK_END)
+        new = not path.exists()
+        self._fd = disk.open_to_append(path)
+        try:
+            disk.set_length(self._fd, intact)
+            if new:
+                disk.sync_folder(path.parent)  # a line is worth nothing in a file without a name
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, entry: dict[str, Any]) -> None:
         text = json.dumps(entry).encode()
-        line = memoryview(b"%08x %s\n" % (zlib.crc32(text), text))
-        while line:
-            line = line[os.write(self._fd, line) :]
-        os.fsync(self._fd)
+        line = b"%08x %s\n" % (zlib.crc32(text), text)
+        disk.append(self._fd, line)
+        disk.sync(self._fd)
         self.entries.append(entry)
 
     def close(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
+            disk.close(self._fd)
             self._fd = -1
 
 
@@ -38,7 +44,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The entries of the intact lines, and how many bytes those take."""
     entries: list[dict[str, Any]] = []
     intact = 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+    for line in disk.read_file(path).splitlines(keepends=True) if path.exists() else ():
         checksum, _, text = line.rstrip(b"\n").partition(b" ")
         if not (line.endswith(b"\n") and text.startswith(b"{") and checksum == b"%08x" % zlib.crc32(text)):
             break

@@ -1,12 +1,12 @@
 """What an output folder may hold before it is written, and the errors of writing."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from streammerge.checkpoints.checkpoint import MANIFEST_FILE
-from streammerge.errors import OutputExistsError, TransferError
+from streammerge.checkpoints.checkpoint import MANIFEST_FILE, Checkpoint
+from streammerge.errors import CheckpointError, OutputExistsError, RecipeError, TransferError
 
 WORK_DIR = ".streammerge"
 
@@ -55,6 +55,21 @@ def files_of_manifest(folder: Path, manifest: str) -> list[str] | None:
     if any(path.is_absolute() or not path.parts or ".." in path.parts for path in paths):
         return None
     return [manifest, *(str(path) for path in paths)]
+
+
+@contextmanager
+def void_with_inputs(models: Iterable[Checkpoint], discard: Callable[[], None]) -> Iterator[None]:
+    """Discard what was made of models that turn out to be unusable, or whose files have changed meanwhile."""
+    try:
+        try:
+            yield
+        except TransferError:
+            for model in models:
+                model.require_unchanged()
+            raise
+    except (CheckpointError, RecipeError):
+        discard()  # running again would not help
+        raise
 
 
 @contextmanager

@@ -2,17 +2,19 @@
 
 The lines of a journal, after the first one (the identity), in the order of their time:
 
-- `{"tensors": {name: entry}}`: these tensors are on disk, in shards that may not be finished.
+- `{"tensors": {name: entry}, "sums": {name: checksum}}`: these tensors are on disk, in shards that may not be finished.
 - `{"file", "bytes", "sha256", "tensors"}`: this shard is finished.
 - `{"redo": file}`: what the lines above say of this shard is void; it is made anew.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from streammerge.checkpoints import disk
+from streammerge.checkpoints.checksum import add, part_sum
 from streammerge.checkpoints.layout import Shard
 
 Entry = dict[str, Any]
@@ -24,7 +26,7 @@ class Leftover:
 
     Attributes:
         finished: file -> line of every finished shard that is intact.
-        complete: file -> {tensor name: entry} of every other shard that holds complete tensors.
+        complete: file -> {tensor name: entry} of every other shard that holds complete tensors, all of them intact.
         redo: the files that the journal speaks of but that cannot be trusted.
     """
 
@@ -41,7 +43,7 @@ def find_leftover(
     Args:
         elsewhere: file -> SHA-256 of the shards that somebody else keeps: they are done with or without a file here.
     """
-    finished, complete = _replay(lines, shards)
+    finished, complete, sums = _replay(lines, shards)
     left = Leftover()
     for shard in shards:
         file = shard.file
@@ -52,18 +54,21 @@ def find_leftover(
             else:
                 left.redo.append(file)
         elif complete[file]:
-            if _has_size(work / file, shard.size):
+            if _are_intact(work / file, shard, {name: sums[name] for name in complete[file]}):
                 left.complete[file] = complete[file]
             else:
                 left.redo.append(file)
     return left
 
 
-def _replay(lines: Iterable[Entry], shards: Sequence[Shard]) -> tuple[dict[str, Entry], dict[str, dict[str, Entry]]]:
-    """The line of each finished shard, and the complete tensors by shard."""
+def _replay(
+    lines: Iterable[Entry], shards: Sequence[Shard]
+) -> tuple[dict[str, Entry], dict[str, dict[str, Entry]], dict[str, int]]:
+    """The line of each finished shard, the complete tensors by shard, and their checksums."""
     file_of = {info.name: shard.file for shard in shards for info in shard.tensors}
     finished: dict[str, Entry] = {}
     complete: dict[str, dict[str, Entry]] = {shard.file: {} for shard in shards}
+    sums: dict[str, int] = {}
     for line in lines:
         if "redo" in line:
             finished.pop(line["redo"], None)
@@ -73,7 +78,8 @@ def _replay(lines: Iterable[Entry], shards: Sequence[Shard]) -> tuple[dict[str, 
         else:
             for name, entry in line["tensors"].items():
                 complete[file_of[name]][name] = entry
-    return finished, complete
+            sums |= line["sums"]
+    return finished, complete, sums
 
 
 def _is_intact(line: Mapping[str, Any], shard: Shard, places: Iterable[Path]) -> bool:
@@ -81,10 +87,38 @@ def _is_intact(line: Mapping[str, Any], shard: Shard, places: Iterable[Path]) ->
     return path is not None and _has_size(path, shard.size) and _sha256(path) == line["sha256"]
 
 
+def _are_intact(path: Path, shard: Shard, sums: Mapping[str, int]) -> bool:
+    """Whether the bytes of these tensors are what was written."""
+    if not _has_size(path, shard.size):
+        return False
+    tensors = [info for info in shard.tensors if info.name in sums]
+    return all(_checksum(path, info.start, info.stop) == sums[info.name] for info in tensors)
+
+
 def _has_size(path: Path, size: int) -> bool:
-    return path.exists() and path.stat().st_size == size
+    return path.exists() and disk.status(path).st_size == size
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for piece in _pieces(path, 0, disk.status(path).st_size):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _checksum(path: Path, start: int, stop: int) -> int:
+    total = position = 0
+    for piece in _pieces(path, start, stop):
+        total = add(total, part_sum(memoryview(piece), position))
+        position += len(piece)
+    return total
+
+
+def _pieces(path: Path, start: int, stop: int) -> Iterator[bytes]:
+    fd = disk.open_to_read(path)
+    try:
+        while start < stop and (piece := disk.read_at(fd, min(disk.PIECE, stop - start), start)):
+            yield piece
+            start += len(piece)
+    finally:
+        disk.close(fd)

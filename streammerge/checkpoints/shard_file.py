@@ -1,17 +1,16 @@
 """One shard being written: positioned writes from any thread, hashed from the front as tensors complete."""
 
-import errno
 import hashlib
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from streammerge.checkpoints import disk
 from streammerge.checkpoints.layout import Shard
 from streammerge.checkpoints.output import transfer_errors
 from streammerge.errors import TransferError
 from streammerge.units import format_size
 
-_HASH_PIECE = 1 << 20
+_HASH_PIECE = disk.PIECE
 
 
 class ShardFile:
@@ -30,29 +29,30 @@ class ShardFile:
         self._hashed = 0  # tensors hashed so far, in file order
         self._position = len(shard.header)  # bytes hashed so far
         self._name_is_durable = False
-        new = 0 if self.complete else os.O_CREAT | os.O_TRUNC
+        new = not self.complete
         with transfer_errors(path, f"cannot reserve {format_size(shard.size)}"):
-            self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | new, 0o666)
+            self.fd = disk.open_to_write(path, make=new, empty=new)
             try:
-                _reserve(self.fd, shard.size)
+                disk.reserve(self.fd, shard.size)
                 self.write(0, memoryview(shard.header))
             except BaseException:
-                os.close(self.fd)
+                self.close()
                 raise
 
     def write(self, offset: int, data: memoryview) -> None:
-        while data:
-            with transfer_errors(self.path, f"writing at byte {offset}"):
-                count = os.pwrite(self.fd, data, offset)
-            data, offset = data[count:], offset + count
+        with transfer_errors(self.path, f"writing at byte {offset}"):
+            disk.write_at(self.fd, data, offset)
 
     def flush(self) -> None:
         """Return once everything written so far is on disk, under the name of the file."""
         with transfer_errors(self.path, "cannot be made durable"):
-            getattr(os, "fdatasync", os.fsync)(self.fd)  # macOS has only the latter
+            disk.sync_data(self.fd)
             if not self._name_is_durable:
-                fsync_folder(self.path.parent)
+                disk.sync_folder(self.path.parent)
                 self._name_is_durable = True
+
+    def close(self) -> None:
+        disk.close(self.fd)
 
     def hash_ahead(self, between: Callable[[], None]) -> bool:
         """Hash every tensor that is complete and next in line; True when the whole shard is hashed.
@@ -72,28 +72,7 @@ class ShardFile:
 
     def _read(self, limit: int) -> bytes:
         with transfer_errors(self.path, f"reading back at byte {self._position}"):
-            piece = os.pread(self.fd, min(_HASH_PIECE, limit), self._position)
+            piece = disk.read_at(self.fd, min(_HASH_PIECE, limit), self._position)
         if not piece:
             raise TransferError(f"{self.path}: ended at byte {self._position} while being hashed: has it changed?")
         return piece
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _reserve(fd: int, size: int) -> None:
-    """Have the disk set `size` bytes aside, so that a full one shows now; only set the length where it cannot."""
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except AttributeError:  # not on macOS
-        os.ftruncate(fd, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.ftruncate(fd, size)

@@ -1,11 +1,11 @@
 """Byte ranges of one file: the one seam through which tensors are read."""
 
-import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from streammerge.checkpoints import disk
 from streammerge.checkpoints.header import header_length
 from streammerge.errors import CheckpointError, TransferError
 
@@ -61,6 +61,14 @@ class Source(ABC):
     def will_need(self, offset: int, count: int) -> None:  # noqa: B027 - advice, to be ignored or not
         """These bytes will be read soon; nothing depends on it but time."""
 
+    @property
+    def stamp(self) -> tuple[int, int] | None:
+        """Bytes, and nanoseconds of the last change, of a file of the user's as it was opened; None for others."""
+        return None
+
+    def require_unchanged(self) -> None:  # noqa: B027 - what a Hub has at a commit stays as it is
+        """Raise CheckpointError where the file is not what it was when it was opened."""
+
     @abstractmethod
     def close(self) -> None: ...
 
@@ -91,38 +99,51 @@ class LocalFile(Source):
     """
 
     def __init__(self, path: Path, where: str) -> None:
-        self.where = where
+        self.where, self._path = where, path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._fd = disk.open_to_read(path)
         except FileNotFoundError:
             raise CheckpointError(f"{where}: there is no such file") from None
         except OSError as error:
             raise TransferError(f"{where}: cannot be opened: {error.strerror}") from error
-        status = os.fstat(self._fd)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(self._fd)
+        self._status = disk.status(self._fd)
+        if not stat.S_ISREG(self._status.st_mode):
+            disk.close(self._fd)
             raise CheckpointError(f"{where}: not a regular file")
-        self.size = status.st_size
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        self.size = self._status.st_size
+        disk.advise(self._fd, 0, 0, soon=False)
+
+    @property
+    def stamp(self) -> tuple[int, int]:
+        return self.size, self._status.st_mtime_ns
+
+    def require_unchanged(self) -> None:
+        try:
+            now = disk.status(self._path)
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.where}: was removed while it was being read") from None
+        except OSError as error:
+            raise TransferError(f"{self.where}: cannot be looked at: {error.strerror}") from error
+        was = self._status
+        if (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns) != (was.st_dev, was.st_ino, *self.stamp):
+            raise CheckpointError(
+                f"{self.where}: was written to or replaced while it was being read: run the command again once "
+                "nothing writes there"
+            )
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(buffer):
-            try:
-                count = os.preadv(self._fd, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise TransferError(f"{self.where}: reading at byte {offset + done}: {error.strerror}") from error
-            if count == 0:
-                raise TransferError(f"{self.where}: ended at byte {offset + done} while being read: has it changed?")
-            done += count
+        try:
+            count = disk.read_into(self._fd, buffer, offset)
+        except OSError as error:
+            raise TransferError(f"{self.where}: reading at byte {offset}: {error.strerror}") from error
+        if count < len(buffer):
+            raise TransferError(f"{self.where}: ended at byte {offset + count} while being read: has it changed?")
 
     def will_need(self, offset: int, count: int) -> None:
         """Have the system read them into its cache meanwhile, which takes no memory of the process."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, offset, count, os.POSIX_FADV_WILLNEED)
+        disk.advise(self._fd, offset, count, soon=True)
 
     def close(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
+            disk.close(self._fd)
             self._fd = -1

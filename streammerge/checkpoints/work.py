@@ -1,11 +1,11 @@
 """The hidden folder a run works in: locked against other writers, with the journal of what is done."""
 
 import os
-import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
 
+from streammerge.checkpoints import disk
 from streammerge.checkpoints.journal import Journal
 from streammerge.checkpoints.output import WORK_DIR
 from streammerge.errors import OutputExistsError
@@ -40,47 +40,47 @@ class WorkFolder:
                 self._empty()
             self.journal = Journal(self.path / JOURNAL_FILE)
         except BaseException:
-            os.close(self._lock)
+            disk.close(self._lock)
             raise
 
     def remove(self) -> None:
         """Remove the folder. The lock goes last, so that the next writer finds everything or nothing."""
         self._empty()
-        os.unlink(self.path / LOCK_FILE)
+        disk.remove(self.path / LOCK_FILE)
         with suppress(OSError):  # the next writer is in already
-            self.path.rmdir()
+            disk.remove_folder(self.path)
 
     def close(self) -> None:
         """Let others in."""
         self.journal.close()
         if self._lock >= 0:
-            os.close(self._lock)
+            disk.close(self._lock)
             self._lock = -1
 
     def _empty(self) -> None:
         """Remove all but the lock; the journal last, which knows what has been done so far."""
         for path in sorted(self.path.iterdir(), key=lambda path: path.name == JOURNAL_FILE):
             if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
+                disk.remove_tree(path)
             elif path.name != LOCK_FILE:
-                os.unlink(path)
+                disk.remove(path)
 
 
 def _locked(work: Path) -> int:
     """A descriptor of the folder's lock file, locked."""
     path = work / LOCK_FILE
     while True:
-        work.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        disk.make_folder(work)
+        fd = disk.open_to_write(path)
         try:
             _flock(fd, work.parent)
             with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), path.stat()):
+                if os.path.samestat(disk.status(fd), disk.status(path)):
                     return fd
         except BaseException:
-            os.close(fd)
+            disk.close(fd)
             raise
-        os.close(fd)  # its owner removed it between our opening and our locking: try again
+        disk.close(fd)  # its owner removed it between our opening and our locking: try again
 
 
 def _flock(fd: int, folder: Path) -> None:

@@ -8,8 +8,6 @@ The same call again goes on with the tensors that are not complete.
 
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,15 +16,18 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Self
 
+from streammerge.checkpoints import disk
 from streammerge.checkpoints.checkpoint import INDEX_FILE, MANIFEST_FILE, SINGLE_FILE
+from streammerge.checkpoints.checksum import add, part_sum
 from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.layout import Shard, index_files
 from streammerge.checkpoints.output import WORK_DIR, files_of_manifest, transfer_errors
 from streammerge.checkpoints.resume import find_leftover
-from streammerge.checkpoints.shard_file import ShardFile, fsync_folder
+from streammerge.checkpoints.shard_file import ShardFile
 from streammerge.checkpoints.work import WorkFolder
 from streammerge.errors import OutputExistsError, TransferError
 
+LOADABLE = (INDEX_FILE, SINGLE_FILE)  # what makes a folder a checkpoint
 SYNC_SECONDS = 2.0  # from one sync to the next: about as much work is lost when the power fails
 
 
@@ -77,6 +78,7 @@ class CheckpointWriter:
         self._shard_of = {info.name: shard for shard in shards for info in shard.tensors}
         self._info_of = {info.name: info for shard in shards for info in shard.tensors}
         self._files: dict[str, ShardFile] = {}
+        self._sums: dict[str, int] = {}  # of the bytes of every tensor that this run wrote, see `checksum.py`
         self._unrecorded: set[str] = set()  # complete, but in no line of the journal
         self._recorded_at = time.monotonic()
         self._failure: BaseException | None = None
@@ -112,6 +114,9 @@ class CheckpointWriter:
         with self._lock:
             file = self._open(name)
         file.write(info.start + start, data)
+        added = part_sum(data, start)
+        with self._lock:
+            self._sums[name] = add(self._sums.get(name, 0), added)
 
     def complete(self, name: str, entry: Mapping[str, Any]) -> None:
         """All bytes of the tensor are written; `entry` is what the journal and the report keep of it, as JSON."""
@@ -138,12 +143,13 @@ class CheckpointWriter:
             if names:
                 for file in files:
                     file.flush()  # before the journal says so
-                self._journal.append({"tensors": {name: self.entries[name] for name in names}})
+                sums = {name: self._sums.get(name, 0) for name in names}
+                self._journal.append({"tensors": {name: self.entries[name] for name in names}, "sums": sums})
                 self._forget(names)
             self._recorded_at = time.monotonic()
 
     def publish(self, files: Mapping[str, bytes | Path]) -> None:
-        """Move everything into place: other files first, then the shards, the manifest, the index.
+        """Move everything into place: other files and shards first, then the manifest, at last the index.
 
         Args:
             files: name -> content, or the file to copy.
@@ -155,15 +161,11 @@ class CheckpointWriter:
         everything_else = {**files, **index_files(self.shards)}
         staged = {name: self._stage(name, content) for name, content in everything_else.items()}
         shards = {s.file: self.work / s.file for s in self.shards if (self.work / s.file).exists()}
-        last = (self._manifest, INDEX_FILE, SINGLE_FILE)
         everything = {**staged, **shards}
         with transfer_errors(self.folder, "moving the finished files into place"):
             self._remove_previous()
-            for name in sorted(everything, key=lambda name: last.index(name) if name in last else -1):
-                target = self.folder / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(everything[name], target)
-            fsync_folder(self.folder)
+            self._move({name: path for name, path in everything.items() if name not in LOADABLE})
+            self._move({name: path for name, path in everything.items() if name in LOADABLE})
             self._close_files()
             self._work.remove()
             self._close()
@@ -179,6 +181,7 @@ class CheckpointWriter:
             with self._lock:
                 for name in self.finished.pop(file)["tensors"]:
                     del self.entries[name]
+                    self._sums.pop(name, None)
 
     def wait(self) -> None:
         """Wait for the hashing thread; raise what went wrong there."""
@@ -195,7 +198,7 @@ class CheckpointWriter:
         self._close()
         with suppress(OSError):  # not empty: somebody else's
             for path in self._created:
-                path.rmdir()
+                disk.remove_folder(path)
 
     def __enter__(self) -> Self:
         return self
@@ -257,7 +260,8 @@ class CheckpointWriter:
         self._sync_if_due()
 
     def _sync_if_due(self) -> None:
-        if self._unrecorded and time.monotonic() > self._recorded_at + SYNC_SECONDS:
+        passed = time.monotonic() - self._recorded_at
+        if self._unrecorded and not 0 <= passed <= SYNC_SECONDS:  # below 0: a clock that was set back
             self.sync()
 
     def _record_shard(self, file: ShardFile) -> None:
@@ -270,7 +274,7 @@ class CheckpointWriter:
             self._finish(line)
             self._forget(tensors)
             with self._lock:
-                os.close(self._files.pop(shard.file).fd)
+                self._files.pop(shard.file).close()
         self.on_finished(shard.file)
 
     @contextmanager
@@ -295,30 +299,34 @@ class CheckpointWriter:
         with transfer_errors(
             path, f"cannot be copied from {content}" if isinstance(content, Path) else "cannot be written"
         ):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as target:
-                if isinstance(content, bytes):
-                    target.write(content)
-                else:
-                    with content.open("rb") as source:
-                        shutil.copyfileobj(source, target)
-                target.flush()
-                os.fsync(target.fileno())
+            disk.make_folder(path.parent)
+            disk.write_file(path, content)
         return path
+
+    def _move(self, files: Mapping[str, Path]) -> None:
+        """Move files into the output folder, the manifest last; durable when it returns."""
+        for name in sorted(files, key=lambda name: name == self._manifest):
+            target = self.folder / name
+            disk.make_folder(target.parent)
+            disk.rename(files[name], target)
+        for folder in {self.folder, *((self.folder / name).parent for name in files)}:
+            disk.sync_folder(folder)
 
     def _remove_previous(self) -> None:
         """Remove a finished checkpoint of ours, what makes it loadable first (`check_output` allowed it)."""
         previous = files_of_manifest(self.folder, self._manifest) or []
         recovered = {shard.file for shard in self.shards if not (self.work / shard.file).exists()}
-        for name in sorted(previous, key=lambda name: (name not in (INDEX_FILE, SINGLE_FILE), name == self._manifest)):
+        for name in sorted(previous, key=lambda name: (name not in LOADABLE, name == self._manifest)):
             if name not in recovered:
-                (self.folder / name).unlink(missing_ok=True)
+                disk.remove(self.folder / name)
+                if name in LOADABLE:
+                    disk.sync_folder(self.folder)  # not even after a power failure does it name files of ours
 
     def _close_files(self) -> None:
         self._hasher.shutdown(wait=True, cancel_futures=True)
         with self._recording, self._lock:
             for file in self._files.values():
-                os.close(file.fd)
+                file.close()
             self._files.clear()
             self._unrecorded.clear()
 

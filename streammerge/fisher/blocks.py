@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from streammerge.checkpoints.buffers import as_bytes
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix, require_finite, torch_dtype
+from streammerge.checkpoints.checksum import part_sum
 from streammerge.checkpoints.header import TensorInfo
 from streammerge.errors import CheckpointError
 from streammerge.fisher.feed import BlockLayout
@@ -244,6 +245,7 @@ class BlockModel:
         for part in parts:
             piece = values[part.start : part.start + part.tensor.numel]
             self.base.read_into(part.tensor, 0, as_bytes(piece))
+            self.base.confirm(part.tensor, part_sum(as_bytes(piece)))
             require_finite(piece, part.tensor, self.base.id, _REPAIR)
         return values.view(self._shapes[name])
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from streammerge.checkpoints.buffers import as_bytes
 from streammerge.checkpoints.checkpoint import Checkpoint, require_finite, torch_dtype
+from streammerge.checkpoints.checksum import part_sum
 from streammerge.fisher.names import Part
 from streammerge.fisher.phases import Phases
 
@@ -162,6 +163,7 @@ class BlockFeed:
             model.read_many((tensor, 0, as_bytes(values)) for tensor, values in parts)
             for tensor, values in parts:
                 self._phases.read(tensor.nbytes)
+                model.confirm(tensor, part_sum(as_bytes(values)))
                 if first:
                     require_finite(values, tensor, model.id, "repair it: it cannot be walked")
         self._seen.add(index)

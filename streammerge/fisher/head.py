@@ -19,6 +19,7 @@ from torch import Tensor
 
 from streammerge.checkpoints.buffers import as_bytes
 from streammerge.checkpoints.checkpoint import require_finite, torch_dtype
+from streammerge.checkpoints.checksum import add, part_sum
 from streammerge.errors import CheckpointError
 from streammerge.fisher.blocks import BlockModel
 from streammerge.fisher.linear import product, product_back
@@ -202,11 +203,17 @@ def weight_rows(
     width = info.nbytes // rows
     step = step or rows_at_a_time(model, tokens)
 
+    checksum = 0
+
     def read(start: int, buffer: Tensor) -> Tensor:
+        nonlocal checksum
         raw = buffer[: min(step, rows - start) * width]
         with phases.time("read"):
             model.base.read_into(info, start * width, as_bytes(raw))
         phases.read(len(raw))
+        checksum = add(checksum, part_sum(as_bytes(raw), start * width))
+        if start + step >= rows:
+            model.base.confirm(info, checksum)
         values = raw.view(torch_dtype(info.dtype)).view(-1, columns)
         require_finite(values, info, model.base.id, "repair it: it cannot be walked")
         return values

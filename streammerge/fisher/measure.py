@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -18,7 +18,7 @@ from streammerge._version import __version__
 from streammerge.checkpoints.buffers import as_bytes
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix, torch_dtype
 from streammerge.checkpoints.layout import Shard, file_names, plan_shards
-from streammerge.checkpoints.output import check_output
+from streammerge.checkpoints.output import check_output, void_with_inputs
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.compatibility import refuse_quantised
 from streammerge.errors import CheckpointError, MemoryBudgetError, RecipeError
@@ -120,7 +120,7 @@ def measure(
     count = torch.get_num_threads() if where.type == "cpu" else 1
     identity = BaseIdentity(id=base.id, revision=base.revision, fingerprint=base.fingerprint())
     with (
-        _writer(out, shards, identity, settings, ids, str(where), overwrite) as writer,
+        _writer(out, shards, identity, base.stamps(), settings, ids, str(where), overwrite) as writer,
         progress_bar(2 * len(model.blocks) + 1, "Fisher", "block", progress) as bar,
         single_threaded_torch(),
         Workers(count) as workers,
@@ -135,10 +135,9 @@ def measure(
         reduction = FisherSquares(model, set(wanted), sink, len(ids), workers)
         walk = Walk(model, ids, reduction, state, workers, prepared.stay, advance, phases)
         try:
-            walk.run()
-        except (CheckpointError, RecipeError):
-            writer.discard()  # the input is at fault, running again would not help
-            raise
+            with void_with_inputs([base], writer.discard):
+                walk.run()
+                base.require_unchanged()
         except torch.OutOfMemoryError as error:
             raise MemoryBudgetError(
                 f"the Fisher pass ran out of memory on {where}: repeat the command with a smaller --max-vram, and it "
@@ -155,6 +154,7 @@ def _writer(
     out: Path,
     shards: Sequence[Shard],
     base: BaseIdentity,
+    stamps: Mapping[str, tuple[int, int]],
     settings: FisherSettings,
     ids: Tensor,
     device: str,
@@ -164,6 +164,7 @@ def _writer(
     identity = {
         "version": __version__,
         "base": base.model_dump(),
+        "base files": stamps,
         **settings.model_dump(),
         "tokens": token_digest(ids),
         "device": device,

@@ -6,14 +6,13 @@ a few hundred tokens, and reading them back costs almost nothing. It is scratch:
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from streammerge.checkpoints import disk
 from streammerge.checkpoints.buffers import as_bytes
 from streammerge.checkpoints.output import transfer_errors
 
@@ -27,7 +26,7 @@ class Recall:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         with transfer_errors(folder, "a scratch file cannot be made"):
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by __exit__
+            self._file = disk.scratch_file(folder)  # closed by __exit__
         self._end = 0
         self._places: dict[int, list[tuple[int, torch.Size, torch.dtype]]] = {}
         self._block, self._next = 0, 0
@@ -41,9 +40,8 @@ class Recall:
         self._places.setdefault(self._block, []).append((self._end, result.shape, result.dtype))
         raw = as_bytes(result)
         with transfer_errors(self._folder, "a scratch file cannot be written"):
-            while raw:
-                count = os.pwrite(self._file.fileno(), raw, self._end)
-                raw, self._end = raw[count:], self._end + count
+            disk.write_at(self._file.fileno(), raw, self._end)
+        self._end += len(raw)
 
     def get(self) -> Tensor | None:
         """The next result of the block; None where the block was computed by another process, or not at all."""
@@ -55,11 +53,8 @@ class Recall:
         result = torch.empty(shape, dtype=dtype)
         raw = as_bytes(result)
         with transfer_errors(self._folder, "a scratch file cannot be read"):
-            while raw:
-                count = os.preadv(self._file.fileno(), [raw], start)
-                if count == 0:
-                    raise OSError("it ended early")
-                raw, start = raw[count:], start + count
+            if disk.read_into(self._file.fileno(), raw, start) < len(raw):
+                raise OSError("it ended early")
         return result
 
     def __enter__(self) -> Self:

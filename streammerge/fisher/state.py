@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 from safetensors.torch import load, save
 from torch import Tensor
 
+from streammerge.checkpoints import disk
 from streammerge.checkpoints.output import transfer_errors
-from streammerge.checkpoints.shard_file import fsync_folder
 
 _FILE = re.compile(r"(input|gradient|normaliser|alone)-(\d+)\.safetensors$")
 
@@ -26,27 +25,22 @@ class WalkState:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         with transfer_errors(folder, "cannot be prepared"):
-            folder.mkdir(parents=True, exist_ok=True)
+            disk.make_folder(folder)
 
     def save(self, kind: str, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Durable when it returns."""
-        path = self._path(kind, index)
-        partial = path.with_suffix(".partial")
-        with transfer_errors(path, "cannot be written"):
-            with partial.open("wb") as file:
-                file.write(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-            fsync_folder(self.folder)
+        content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        with transfer_errors(self._path(kind, index), "cannot be written"):
+            disk.replace_file(self._path(kind, index), content)
 
     def load(self, kind: str, index: int) -> dict[str, Tensor]:
         with transfer_errors(self._path(kind, index), "cannot be read"):
             # clones are aligned like any tensor: matrix products round by alignment on some processors
-            return {name: tensor.clone() for name, tensor in load(self._path(kind, index).read_bytes()).items()}
+            return {name: tensor.clone() for name, tensor in load(disk.read_file(self._path(kind, index))).items()}
 
     def forget(self, kind: str, index: int) -> None:
-        self._path(kind, index).unlink(missing_ok=True)
+        with transfer_errors(self._path(kind, index), "cannot be removed"):
+            disk.remove(self._path(kind, index))
 
     def clear(self) -> None:
         """Forget everything, the latest first, so that an interruption leaves a beginning."""

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from streammerge.checkpoints import disk
 from streammerge.checkpoints.room import DiskRoom
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.hub.commit import Commit, LostObjectsError, Pushed
@@ -46,7 +47,7 @@ class Publication:
         """Remove that folder, and those made around it, where they are empty."""
         with suppress(OSError):
             for folder in (self.folder(), *self.folder().parents[:2]):
-                folder.rmdir()
+                disk.remove_folder(folder)
 
     def check(self) -> None:
         """Everything that can be found out about the target before anything is read."""

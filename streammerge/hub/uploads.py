@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
 
+from streammerge.checkpoints import disk
 from streammerge.checkpoints.output import transfer_errors
 from streammerge.checkpoints.room import DiskRoom
 from streammerge.checkpoints.writer import CheckpointWriter
@@ -118,7 +118,7 @@ class Uploads:
                 if not known:
                     self._ledger.add(file, entry["bytes"], entry["sha256"])
                 if not self._keep:
-                    with transfer_errors(path, "cannot be removed after its upload"), suppress(FileNotFoundError):
-                        path.unlink()
+                    with transfer_errors(path, "cannot be removed after its upload"):
+                        disk.remove(path)
             self._bar.update(entry["bytes"])
         self.room.release(file)

@@ -339,11 +339,11 @@ def test_what_is_no_regular_file_is_refused(make_model: Make, tiny: Tiny, kind: 
 
 
 def test_a_config_that_cannot_be_read(make_model: Make, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path) -> bytes:
+    def fail(fd: int, count: int) -> bytes:
         raise OSError(5, "Input/output error")
 
     folder = make_model({SINGLE_FILE: tiny("a")})
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(os, "read", fail)
     with pytest.raises(TransferError, match=r"model org/m, file config\.json: cannot be read: Input/output error"):
         Checkpoint.open(folder, id="org/m")
 

@@ -54,14 +54,16 @@ def test_entries_holds_the_old_ones_then_the_new_ones(path: Path) -> None:
     assert entries(path) == [*ENTRIES, {"more": 1}]
 
 
-def test_a_torn_last_line_at_every_length(path: Path) -> None:
+@pytest.mark.parametrize("tail", [b"", b"\0" * 50, b"0badc0de {}", b" \n\n", bytes(range(256))])
+def test_cut_at_every_length(path: Path, tail: bytes) -> None:
+    """Whatever the disk made of what it had not written: what is behind the last whole line is overwritten."""
     whole = path.read_bytes()
-    last = len(whole.splitlines(keepends=True)[-1])
-    for torn in range(1, last + 1):
-        path.write_bytes(whole[:-torn])
-        assert entries(path) == ENTRIES[:-1], torn
-        write(path, ENTRIES[-1:])  # goes on where the intact lines end
-        assert path.read_bytes() == whole, torn
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length] + tail)
+        intact = whole.count(b"\n", 0, length)
+        assert entries(path) == ENTRIES[:intact], length
+        write(path, ENTRIES[intact:])  # goes on where the intact lines end
+        assert path.read_bytes() == whole, length
 
 
 def test_any_flipped_bit_ends_the_journal_at_its_line(path: Path) -> None:
@@ -85,12 +87,21 @@ def test_what_is_no_entry_is_not_believed(path: Path, tail: bytes) -> None:
 def test_an_entry_is_on_disk_before_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[bytes] = []
     path = tmp_path / "journal"
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(path.read_bytes()))
     journal = Journal(path)
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(path.read_bytes()))
     journal.append({"a": 1})
     assert synced == [path.read_bytes()]
     assert synced[0].endswith(b'{"a": 1}\n')
     journal.close()
+
+
+def test_the_name_is_on_disk_before_the_first_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    write(tmp_path / "journal", ENTRIES[:1])
+    assert synced == [str(tmp_path), str(tmp_path / "journal")]
+    write(tmp_path / "journal", ENTRIES[:1])
+    assert len(synced) == 3  # it has its name
 
 
 def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
