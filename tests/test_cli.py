@@ -361,8 +361,8 @@ def test_ctrl_c_exits_with_130_and_advice(run: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(streammerge, command, stop)
     arguments = {"merge": ("--base", "a", "--ft", "b", "--out", "c"), "fisher": ("--base", "a", "--out", "c")}
     result = run(command, *arguments.get(command, ("a",)))
-    advice = "" if command == "verify" else "; the same command goes on where it was"
-    assert result == (130, "", f"streammerge: stopped{advice}\n")
+    again = "begins anew" if command == "verify" else "goes on where it was"
+    assert result == (130, "", f"streammerge: stopped; the same command {again}\n")
 
 
 def test_an_interrupted_merge_goes_on(

@@ -13,6 +13,7 @@ PACKAGE = Path(streammerge.__file__).parent
 
 # The reading order: each entry may import from itself and from those above.
 ORDER = [
+    "signals",
     "_version",
     "errors",
     "units",
