@@ -22,7 +22,7 @@ from time import monotonic
 from types import FrameType
 from typing import Any
 
-GRACE_SECONDS = 1.5
+GRACE_SECONDS = 1.25
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _RESUMED = ("merge", "fisher", "push")

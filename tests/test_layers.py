@@ -34,6 +34,7 @@ ORDER = [
     "hub",
     "checkpoints.buffers",
     "checkpoints.checkpoint",
+    "checkpoints.identity",
     "checkpoints.journal",
     "checkpoints.layout",
     "checkpoints.output",
