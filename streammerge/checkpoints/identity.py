@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-_MAX_CHARACTERS = 60
+_MAX_CHARACTERS = 100
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _ABSENT: Any = object()
 
@@ -63,6 +63,10 @@ def _model(role: str, old: Model, new: Model) -> str:
 def _quoted(value: Any) -> str:
     if value is _ABSENT or value is None:
         return "none"
+    if isinstance(value, dict) and "model" in value:  # one of a recipe, with its parameters
+        value = value["model"]
     text = value if isinstance(value, str) else json.dumps(value)
-    limit = 12 if _DIGEST.fullmatch(text) else _MAX_CHARACTERS
-    return text if len(text) <= limit else f"{text[:limit]}..."
+    if _DIGEST.fullmatch(text):
+        return f"{text[:12]}..."
+    half = _MAX_CHARACTERS // 2  # two paths often differ at their ends
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:half]}...{text[-half:]}"

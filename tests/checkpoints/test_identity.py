@@ -45,14 +45,14 @@ CHANGES: dict[str, tuple[list[tuple[Any, ...]], list[str]]] = {
     ),
     "a model more": (
         [("recipe", "models", [*OLD["recipe"]["models"], {"model": "m"}]), ("sources", [*OLD["sources"], {}])],
-        ['recipe.models[1] (none -> {"model": "m"})'],
+        ["recipe.models[1] (none -> m)"],
     ),
     "two things and the layout": (
         [("layout", "7" * 64), ("version", "0.2"), ("recipe", "base", "org/new")],
         ["version (0.1 -> 0.2)", "recipe.base (org/base -> org/new)"],
     ),
     "the layout": ([("layout", "7" * 64)], ["layout"]),
-    "a long value": ([("version", "9" * 200)], [f"version (0.1 -> {'9' * 60}...)"]),
+    "a long value": ([("version", "8" * 99 + "9" * 99)], [f"version (0.1 -> {'8' * 50}...{'9' * 50})"]),
     "nothing that is spoken of": ([("sources", 1, "role", "base")], ["sources"]),
     "nothing": ([], []),
 }
