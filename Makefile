@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test docs lint format clean
+.PHONY: help demo test crash docs lint format clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ demo: $(READY) ## make a small pair of models, merge it with FIM-TIES, generate 
 
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest -q -n auto --dist loadfile
+
+crash: $(READY) ## run the long version of what is killed and stopped
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "full or not full" tests/crash
 
 docs: $(READY) ## write docs/methods.md anew from the methods' docstrings
 	$(BIN)/streammerge methods --markdown > docs/methods.md.new

@@ -7,6 +7,9 @@
 Importing this imports neither torch nor transformers; the calls do when they need them.
 """
 
+from streammerge import signals  # noqa: F401 - first: Ctrl-C may come while the command line imports the rest
+
+# isort: split
 from streammerge import catalogue, errors
 from streammerge._version import __version__
 from streammerge.diagnose import diagnose

@@ -1,8 +1,18 @@
-"""`python -m streammerge`."""
+"""`streammerge`, and `python -m streammerge`."""
 
 import sys
+from collections.abc import Sequence
 
-from streammerge.cli import main
+from streammerge import signals
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line as a process of its own, which signals stop; the exit status."""
+    signals.take_over()
+    from streammerge.cli import main as run
+
+    return run(arguments)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 import streammerge
+from streammerge import signals
 from streammerge.checkpoints.layout import file_names
 from streammerge.checkpoints.locate import HUB_SCHEME
 from streammerge.checkpoints.output import check_output
@@ -296,7 +297,7 @@ def demo(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status: 0, 1 for an error of ours, 2 for usage, 130 for Ctrl-C."""
+    """Run the command line; the exit status: 0, 1 for an error of ours, 2 for usage, 130 and 143 by signals."""
     args = list(sys.argv[1:] if arguments is None else arguments)
     if not args:
         args = ["--help"]
@@ -310,21 +311,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors of ours become one line and exit 1; Ctrl-C becomes advice and exit 130."""
+    """Errors of ours become one line and exit 1; Ctrl-C becomes advice and exit 130, SIGTERM and exit 143."""
 
     def run(debug: bool = False, **options: Any) -> None:
         try:
-            command(**options)
+            with signals.under_way(command.__name__):
+                command(**options)
         except StreammergeError as error:
             if debug:
                 raise
             print(f"streammerge: error: {_printable(str(error))}", file=sys.stderr)
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            resumes = command.__name__ in ("merge", "fisher", "push")
-            advice = "; the same command goes on where it was" if resumes else ""
-            print(f"streammerge: stopped{advice}", file=sys.stderr)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as stop:
+            signals.say_farewell(command.__name__)
+            raise typer.Exit(stop.status if isinstance(stop, signals.Stopped) else 130) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None

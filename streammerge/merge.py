@@ -145,8 +145,7 @@ def _identity(job: MergePlan, inputs: Sequence[Checkpoint], sources: list[dict[s
     return {
         "version": __version__,
         "recipe": resolved_recipe(job),
-        "sources": sources,
-        "input files": [model.stamps() for model in inputs],  # the samples in `sources` may miss a change
+        "sources": [{**source, "files": model.stamps()} for source, model in zip(sources, inputs, strict=True)],
         "texts": text_digests(job.recipe.calibration),
     }
 

@@ -2,31 +2,42 @@
 
 `python tests/interrupted.py` reads jobs, one JSON object a line, and runs each in a fork of itself: torch and
 transformers are imported once instead of once per process. The fork writes down every step it comes by, and sends
-itself a signal at the one that the job names.
+itself a signal at the one that the job names, or so many seconds after it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
-from threading import Lock
+from threading import Lock, Timer
 from typing import Any, NamedTuple
 
 
 class Ended(NamedTuple):
-    """How a process ended: exit status (negative: the signal that killed it), steps it came by, standard error."""
+    """How a process ended.
+
+    Attributes:
+        status: its exit status; negative: the signal that killed it.
+        steps: what it came by, in order.
+        err: its standard error.
+        times: when it came by each step, in seconds of its life.
+    """
 
     status: int
     steps: list[str]
     err: str
+    times: list[float]
 
 
 class Processes:
@@ -35,17 +46,23 @@ class Processes:
     Args:
         base: a model to warm up with.
         folder: an empty one, for that and for what they print.
+        environment: variables to set.
     """
 
-    def __init__(self, base: Path, folder: Path) -> None:
+    def __init__(self, base: Path, folder: Path, environment: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         command = [sys.executable, __file__, str(base), str(folder / "warm")]
-        self._server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        variables = {**os.environ, **(environment or {})}
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._server = subprocess.Popen(command, **pipes, text=True, env=variables)
 
     def run(
         self,
         *arguments: object,
-        at: str | int | None = None,
+        at: str | None = None,
+        delay: float | None = None,
+        stuck: bool = False,
+        grace: float | None = None,
         signal: int = signal.SIGKILL,
         sync_seconds: float = 2.0,
         threads: int = 1,
@@ -53,17 +70,23 @@ class Processes:
         """Run the command line.
 
         Args:
-            at: the step at which the signal is sent: "before ..." or "after ...", as `Ended.steps` names them, or the
-                number of the step.
+            at: the step at which the signal is sent: "before ..." or "after ...", as `Ended.steps` names them.
+            delay: seconds after that at which it is sent instead, whatever the process does then; after the start of
+                the process where there is no `at`.
+            stuck: be in a single long call of C at that step when the signal arrives.
+            grace: seconds that the first signal leaves a process that is stuck; then comes a second one, at once.
             sync_seconds: how often what is complete is recorded besides.
             threads: workers of a Fisher pass.
         """
         assert self._server.stdin is not None and self._server.stdout is not None
         log, err = self.folder / "log", self.folder / "err"
-        job = {"arguments": [str(a) for a in arguments], "at": at, "signal": signal, "log": str(log), "err": str(err)}
-        print(json.dumps(job | {"sync": sync_seconds, "threads": threads}), file=self._server.stdin, flush=True)
+        job = {"arguments": [str(a) for a in arguments], "at": at, "delay": delay, "signal": signal}
+        job |= {"stuck": stuck, "grace": grace}
+        job |= {"log": str(log), "err": str(err), "sync": sync_seconds, "threads": threads}
+        print(json.dumps(job), file=self._server.stdin, flush=True)
         status = int(self._server.stdout.readline())
-        return Ended(status, log.read_text().splitlines(), err.read_text())
+        lines = [line.split(" ", 1) for line in log.read_text().splitlines()]
+        return Ended(status, [step for _, step in lines], err.read_text(), [float(at) for at, _ in lines])
 
     def __enter__(self) -> Processes:
         return self
@@ -98,10 +121,12 @@ def _child(job: dict[str, Any]) -> None:
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         import torch
 
+        from streammerge import signals
+        from streammerge.__main__ import main
         from streammerge.checkpoints import writer
-        from streammerge.cli import main
 
         torch.set_num_threads(job["threads"])
+        signals.GRACE_SECONDS = job["grace"] or signals.GRACE_SECONDS
         writer.SYNC_SECONDS = job["sync"]
         _watch(_Steps(job))
         code = main(job["arguments"])
@@ -117,26 +142,41 @@ class _Steps:
     """Writes every step down before it is taken and after, and sends the signal at one of them."""
 
     def __init__(self, job: dict[str, Any]) -> None:
-        self._at, self._signal = job["at"], job["signal"]
+        self._at, self._delay, self._signal = job["at"], job["delay"], job["signal"]
+        self._stuck, self._twice = job["stuck"], job["grace"] is not None
+        self._began = time.monotonic()
         self._log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
         self._seen: Counter[str] = Counter()
         self._lock = Lock()
-        self._count = 0
+        if self._at is None and self._delay is not None:
+            self._send()
 
     def pass_by(self, step: str) -> None:
         with self._lock:
             self._seen[step] += 1
-            self._count += 1
             if self._seen[step] > 1:
                 step = f"{step} #{self._seen[step]}"
-            os.write(self._log, f"{step}\n".encode())
-            if self._at in (step, self._count):
+            os.write(self._log, f"{time.monotonic() - self._began:.6f} {step}\n".encode())
+        if self._at == step:
+            self._send()
+            if self._stuck:
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)  # a minute and more
+                self.pass_by("got away")
+
+    def _send(self) -> None:
+        for delay in [0.2, 0.4][: 1 + self._twice] if self._stuck else [self._delay]:
+            if delay is None:
                 os.kill(os.getpid(), self._signal)
+            else:
+                timer = Timer(delay, os.kill, (os.getpid(), self._signal))
+                timer.daemon = True
+                timer.start()
 
 
 def _watch(steps: _Steps) -> None:
     from streammerge.checkpoints.work import WorkFolder
     from streammerge.checkpoints.writer import CheckpointWriter
+    from streammerge.engine import Engine
     from streammerge.fisher.feed import BlockFeed
     from streammerge.fisher.measure import _FisherSink
     from streammerge.fisher.state import WalkState
@@ -146,6 +186,8 @@ def _watch(steps: _Steps) -> None:
     from streammerge.hub.target import HubTarget
 
     watched: list[tuple[Any, str, Callable[..., str]]] = [
+        (importlib.import_module("streammerge.merge"), "_measure", lambda *_: "measure"),
+        (Engine, "_work", lambda self, label, *rest: label.lower()),
         (BlockFeed, "_read", lambda self, index, raw: f"read {index}"),
         (Walk, "_forward", lambda self, feed, index, *rest: f"forward {index}"),
         (Walk, "_head", lambda self, *rest: "head"),
@@ -156,6 +198,7 @@ def _watch(steps: _Steps) -> None:
         (_FisherSink, "write", lambda self, name, start, values: f"write {name} {start}"),
         (_FisherSink, "done", lambda self, name, reached=True: f"done {name}"),
         (_FisherSink, "sync", lambda self: "sync"),
+        (CheckpointWriter, "complete", lambda self, name, entry: f"complete {name}"),
         (CheckpointWriter, "publish", lambda self, files: "publish"),
         (HubTarget, "prepare", lambda self: "prepare"),
         (HubTarget, "upload", lambda self, name, file: f"upload {name}"),

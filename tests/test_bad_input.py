@@ -367,7 +367,8 @@ def test_an_unfinished_run_of_another_recipe(
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointWriter, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run(*arguments).code == 130
-    refused(run, tmp_path, (*arguments, "--coefficient", "0.2"), "an unfinished run that differs in recipe")
+    words = [f"recipe.models[{number}].parameters.coefficient (0.7 -> 0.2)" for number in (0, 1)]
+    refused(run, tmp_path, (*arguments, "--coefficient", "0.2"), f"unfinished run that differs in {', '.join(words)}: ")
     edit_config(models.ft2, max_position_embeddings=7)
     assert run(*arguments).code == 0
 

@@ -353,16 +353,24 @@ def test_debug_shows_a_traceback(models: Models, tmp_path: Path, run: Run) -> No
     assert plain.err.removeprefix("streammerge: error: ").strip() in debug.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("command", ["merge", "fisher", "verify"])
+STOPPED = {  # command: its arguments, and what the same command does
+    "merge": (("--base", "a", "--ft", "b", "--out", "c"), "goes on where it was"),
+    "fisher": (("--base", "a", "--out", "c"), "goes on where it was"),
+    "push": (("a", "org/a"), "goes on where it was"),
+    "plan": (("--base", "a", "--ft", "b"), "begins anew"),
+    "verify": (("a",), "begins anew"),
+    "diagnose": (("a", "--against", "b"), "begins anew"),
+}
+
+
+@pytest.mark.parametrize("command", STOPPED)
 def test_ctrl_c_exits_with_130_and_advice(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(streammerge, command, stop)
-    arguments = {"merge": ("--base", "a", "--ft", "b", "--out", "c"), "fisher": ("--base", "a", "--out", "c")}
-    result = run(command, *arguments.get(command, ("a",)))
-    advice = "" if command == "verify" else "; the same command goes on where it was"
-    assert result == (130, "", f"streammerge: stopped{advice}\n")
+    arguments, again = STOPPED[command]
+    assert run(command, *arguments) == (130, "", f"streammerge: stopped; the same command {again}\n")
 
 
 def test_an_interrupted_merge_goes_on(

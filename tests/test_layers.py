@@ -13,6 +13,7 @@ PACKAGE = Path(streammerge.__file__).parent
 
 # The reading order: each entry may import from itself and from those above.
 ORDER = [
+    "signals",
     "_version",
     "errors",
     "units",
@@ -35,6 +36,7 @@ ORDER = [
     "checkpoints.buffers",
     "checkpoints.checksum",
     "checkpoints.checkpoint",
+    "checkpoints.identity",
     "checkpoints.journal",
     "checkpoints.layout",
     "checkpoints.output",

@@ -20,6 +20,7 @@ from streammerge.checkpoints import disk
 from streammerge.checkpoints.checkpoint import INDEX_FILE, MANIFEST_FILE, SINGLE_FILE
 from streammerge.checkpoints.checksum import add, part_sum
 from streammerge.checkpoints.header import TensorInfo
+from streammerge.checkpoints.identity import differences
 from streammerge.checkpoints.layout import Shard, index_files
 from streammerge.checkpoints.output import WORK_DIR, files_of_manifest, transfer_errors
 from streammerge.checkpoints.resume import find_leftover
@@ -160,6 +161,7 @@ class CheckpointWriter:
             raise RuntimeError(f"{missing[0]} is not complete")  # a bug of ours, never the user's doing
         everything_else = {**files, **index_files(self.shards)}
         staged = {name: self._stage(name, content) for name, content in everything_else.items()}
+        self._take_back()
         shards = {s.file: self.work / s.file for s in self.shards if (self.work / s.file).exists()}
         everything = {**staged, **shards}
         with transfer_errors(self.folder, "moving the finished files into place"):
@@ -229,10 +231,9 @@ class CheckpointWriter:
                 self._hashing.append(self._hasher.submit(self._advance, file))  # it may lack nothing but its hash
 
     def _check_identity(self, known: dict[str, Any], identity: dict[str, Any]) -> None:
-        if known != identity:
-            keys = sorted(key for key in {*known, *identity} if known.get(key, ()) != identity.get(key, ()))
+        if differing := differences(known, identity):
             raise OutputExistsError(
-                f"output folder {self.folder} holds an unfinished run that differs in {', '.join(keys)}: "
+                f"output folder {self.folder} holds an unfinished run that differs in {', '.join(differing)}: "
                 "repeat that command to finish it, choose another --out, or start anew with --overwrite"
             )
 
@@ -311,6 +312,12 @@ class CheckpointWriter:
             disk.rename(files[name], target)
         for folder in {self.folder, *((self.folder / name).parent for name in files)}:
             disk.sync_folder(folder)
+
+    def _take_back(self) -> None:
+        """A single file that an earlier run moved last makes a model: not while what is beside it moves again."""
+        if self.shards[0].file == SINGLE_FILE and not (self.work / SINGLE_FILE).exists():
+            with transfer_errors(self.folder / SINGLE_FILE, "moving it out of sight"):
+                disk.rename(self.folder / SINGLE_FILE, self.work / SINGLE_FILE)
 
     def _remove_previous(self) -> None:
         """Remove a finished checkpoint of ours, what makes it loadable first (`check_output` allowed it)."""

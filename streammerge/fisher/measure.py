@@ -163,8 +163,7 @@ def _writer(
     """The writer of a Fisher, whose unfinished run only the same pass may finish."""
     identity = {
         "version": __version__,
-        "base": base.model_dump(),
-        "base files": stamps,
+        "base": {**base.model_dump(), "files": stamps},
         **settings.model_dump(),
         "tokens": token_digest(ids),
         "device": device,

@@ -5,11 +5,13 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import stat
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
+from streammerge.checkpoints import disk
 from streammerge.checkpoints.checkpoint import INDEX_FILE, MANIFEST_FILE, SINGLE_FILE, Checkpoint, torch_dtype
 from streammerge.checkpoints.header import DTYPES
 from streammerge.checkpoints.layout import Shard, plan_shards
@@ -439,7 +442,14 @@ def test_finished_shards_stay_as_they_are(out: Path, expected: dict[str, bytes],
 
 @pytest.mark.parametrize(
     ("change", "keys"),
-    [({"seed": 1}, "seed"), ({"recipe": {"method": "ties"}, "seed": 2}, "recipe, seed"), ({"new": None}, "new")],
+    [
+        ({"seed": 1}, "seed (0 -> 1)"),
+        (
+            {"recipe": {"method": "ties"}, "seed": 2},
+            "recipe.method (linear -> ties), recipe.t ([1, 2] -> none), seed (0 -> 2)",
+        ),
+        ({"new": None}, "new (none -> none)"),
+    ],
 )
 def test_another_identity_is_refused(out: Path, open_fds: set[int], change: dict[str, Any], keys: str) -> None:
     interrupted(out, SHARDS_OF[0])
@@ -706,6 +716,28 @@ def test_killed_before_the_work_folder_is_removed(out: Path, monkeypatch: pytest
     assert loads(out) == bits(STATE)
     run(out, limit=limit)
     assert content(out) == content(out.parent / "whole")
+
+
+@pytest.mark.parametrize("limit", [LIMIT, 10**9])
+def test_killed_again_at_any_move_after_all_had_moved(out: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """The next run moves the other files once more: until then nothing loads without them."""
+    run(out.parent / "whole", limit=limit)
+    whole = content(out.parent / "whole")
+    for call in range(5):
+        with monkeypatch.context() as patch:
+            kill_at(patch, disk, "remove_tree", 0, Killed())
+            with pytest.raises(Killed):
+                run(out, limit=limit)
+        with monkeypatch.context() as patch:
+            kill_at(patch, os, "replace", call, Killed())
+            with suppress(Killed):
+                run(out, limit=limit)
+        seen = {name: data for name, data in content(out).items() if not name.startswith(WORK_DIR)}
+        assert loads(out) is None or seen == whole
+        if (out / WORK_DIR).exists():  # there are not so many moves
+            run(out, limit=limit)
+        assert content(out) == whole
+        shutil.rmtree(out)
 
 
 @pytest.mark.parametrize("limit", [LIMIT, 10**9])

@@ -21,7 +21,7 @@ from streammerge.testing import Fault, Hub
 LOUD = """
 import logging, sys
 logging.basicConfig(level=1, filename=sys.argv.pop(1))
-from streammerge.cli import main
+from streammerge.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
 Start = Callable[..., Any]
@@ -120,22 +120,39 @@ def test_xet_is_used_where_the_budget_has_room_for_it(hub: Hub, start: Start, ro
     assert {e.endpoint for e in hub.record} & {"upload", "xorb-upload"} == {way}
 
 
-@pytest.mark.parametrize("xet", [False, True], ids=["LFS", "Xet"])
-def test_ctrl_c_does_not_wait_for_an_upload(hub: Hub, start: Start, tmp_path: Path, xet: bool) -> None:
-    stalled = hub.misbehave(Fault("stall", path="*xorb*" if xet else "/upload/*", seconds=60, times=None))
-    arguments = (*PAIR, *ROOM[xet], "-m", "task_arithmetic", "--push-to-hub", "org/new")
-    process = start(*arguments, HF_HUB_DISABLE_XET="01"[not xet], wait=False)
+def stopped(process: Any, stalled: Fault, number: int) -> None:
+    """Send the signal once the Hub keeps the process waiting; the one line that it leaves."""
     while not stalled.struck:
         assert process.poll() is None
         time.sleep(0.05)
     time.sleep(1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=10)
-    assert process.returncode == 130, err
+    assert process.returncode == 128 + number, err
     assert err == "streammerge: stopped; the same command goes on where it was\n"
+
+
+@pytest.mark.parametrize(("xet", "number"), [(False, signal.SIGTERM), (True, signal.SIGINT)], ids=["LFS", "Xet"])
+def test_a_signal_does_not_wait_for_an_upload(hub: Hub, start: Start, xet: bool, number: int) -> None:
+    stalled = hub.misbehave(Fault("stall", path="*xorb*" if xet else "/upload/*", seconds=60, times=None))
+    arguments = (*PAIR, *ROOM[xet], "-m", "task_arithmetic", "--push-to-hub", "org/new")
+    stopped(start(*arguments, HF_HUB_DISABLE_XET="01"[not xet], wait=False), stalled, number)
     hub.behave()
     assert start(*arguments, HF_HUB_DISABLE_XET="01"[not xet]).returncode == 0
     assert len(history(hub)) == 2
+
+
+@pytest.mark.parametrize(("mode", "number"), [("cache", signal.SIGINT), ("stream", signal.SIGTERM)])
+def test_a_signal_does_not_wait_for_a_download(
+    hub: Hub, start: Start, local: Callable[..., dict[str, bytes]], tmp_path: Path, mode: str, number: int
+) -> None:
+    stalled = hub.misbehave(Fault("stall", path="/download/*", seconds=60, times=None, after=6))
+    arguments = (*PAIR, "--hub-mode", mode, "-m", "task_arithmetic", "--out", "out")
+    stopped(start(*arguments, HF_HUB_DISABLE_XET="1", wait=False), stalled, number)
+    hub.behave()
+    assert start(*arguments, HF_HUB_DISABLE_XET="1").returncode == 0
+    written = {name: raw for name, raw in folder_content(tmp_path / "out").items() if ".safetensors" in name}
+    assert written == local("-m", "task_arithmetic")
 
 
 def test_killed_when_all_is_uploaded_by_xet(hub: Hub, start: Start, local: Callable[..., dict[str, bytes]]) -> None:
