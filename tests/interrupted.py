@@ -174,6 +174,7 @@ class _Steps:
 
 
 def _watch(steps: _Steps) -> None:
+    from streammerge.checkpoints import disk
     from streammerge.checkpoints.work import WorkFolder
     from streammerge.checkpoints.writer import CheckpointWriter
     from streammerge.engine import Engine
@@ -203,7 +204,7 @@ def _watch(steps: _Steps) -> None:
         (HubTarget, "prepare", lambda self: "prepare"),
         (HubTarget, "upload", lambda self, name, file: f"upload {name}"),
         (Ledger, "add", lambda self, file, size, sha256: f"record {file}"),
-        (Path, "unlink", lambda self, missing_ok=False: f"unlink {self.name}"),
+        (disk, "remove", lambda path: f"unlink {path.name}"),
         (Commit, "_ask", lambda self: "commit"),
         (WorkFolder, "remove", lambda self: "remove"),
         (os, "replace", lambda source, target: f"replace {Path(target).name}"),

@@ -106,7 +106,11 @@ class LocalFile(Source):
             raise CheckpointError(f"{where}: there is no such file") from None
         except OSError as error:
             raise TransferError(f"{where}: cannot be opened: {error.strerror}") from error
-        self._status = disk.status(self._fd)
+        try:
+            self._status = disk.status(self._fd)
+        except OSError as error:
+            disk.close(self._fd)
+            raise TransferError(f"{where}: cannot be opened: {error.strerror}") from error
         if not stat.S_ISREG(self._status.st_mode):
             disk.close(self._fd)
             raise CheckpointError(f"{where}: not a regular file")
