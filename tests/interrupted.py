@@ -160,8 +160,10 @@ class _Steps:
         if self._at == step:
             self._send()
             if self._stuck:
-                hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000_000)  # a minute and more
-                self.pass_by("got away")
+                try:
+                    hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)  # half a minute and more
+                finally:
+                    self.pass_by("got away")
 
     def _send(self) -> None:
         for delay in [0.2, 0.4][: 1 + self._twice] if self._stuck else [self._delay]:

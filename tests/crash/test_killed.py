@@ -80,8 +80,9 @@ class Victim:
         for phase in sorted(draw.choices(self.case.phases, k=kills), key=PHASES.index):
             at, lasts = self._spans[phase]
             delay: float | None = draw.uniform(0, lasts)
-            if phase == "finalise" and draw.random() < 0.7:
-                at, delay = draw.choice(self._moves), None
+            if phase == "finalise" and (not self.kills[phase] or draw.random() < 0.7):
+                moves = self._moves if self.kills[phase] else self._moves[len(self._moves) // 2 :][:1]
+                at, delay = draw.choice(moves), None  # once in the very middle
             ended = self._run(out, at, delay, draw.choice([0.0, 2.0]))
             if ended.status != -signal.SIGKILL:
                 break  # this phase, or this move, was behind it
