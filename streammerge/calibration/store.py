@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from streammerge.errors import RecipeError
 from streammerge.fisher.store import ComputeDType
-from streammerge.schema import Strict
+from streammerge.schema import FileName, Strict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,7 @@ class CalibrationRecord(Strict):
         None, description="per fine-tuned model: embedding, block number, norm or head -> nats in each sample"
     )
     sensitivity: Sensitivity | None = None
-    tensors: dict[str, str] = Field(default_factory=dict, description="entry -> the file it is in")
+    tensors: dict[str, FileName] = Field(default_factory=dict, description="entry -> the file it is in")
     notes: list[str] = Field(default_factory=list)
 
 

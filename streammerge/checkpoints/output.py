@@ -1,12 +1,13 @@
 """What an output folder may hold before it is written, and the errors of writing."""
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from streammerge.checkpoints.checkpoint import MANIFEST_FILE
-from streammerge.errors import OutputExistsError, TransferError
+from streammerge.checkpoints.json_text import parse_object
+from streammerge.errors import HeaderError, OutputExistsError, TransferError
+from streammerge.names import stays_inside, unsafe_name
 
 WORK_DIR = ".streammerge"
 
@@ -26,6 +27,8 @@ def check_output(folder: Path, inputs: Iterable[Path | None], overwrite: bool, m
 
 
 def _check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifest: str) -> None:
+    if (folder / WORK_DIR).is_symlink():
+        raise OutputExistsError(f"output folder {folder}: its {WORK_DIR} is a link, which is not ours: remove it")
     for path in inputs:
         if folder.resolve() == path.resolve():
             raise OutputExistsError(f"output folder {folder} is also an input: choose another --out")
@@ -47,14 +50,17 @@ def _check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifes
 
 
 def files_of_manifest(folder: Path, manifest: str) -> list[str] | None:
-    """The files of a finished checkpoint of ours; None where there is none, or its manifest names a file elsewhere."""
+    """The files of a finished checkpoint of ours; None where there is none, or its manifest names a file elsewhere.
+
+    They are to be removed, so that a file in a linked folder is elsewhere too.
+    """
     try:
-        paths = [PurePosixPath(name) for name in json.loads((folder / manifest).read_text("utf-8"))["files"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        names = parse_object((folder / manifest).read_bytes(), str(folder / manifest))["files"]
+        if any(unsafe_name(name) or not stays_inside(folder, str(PurePosixPath(name).parent / "x")) for name in names):
+            return None
+    except (OSError, HeaderError, KeyError, TypeError, AttributeError):
         return None
-    if any(path.is_absolute() or not path.parts or ".." in path.parts for path in paths):
-        return None
-    return [manifest, *(str(path) for path in paths)]
+    return [manifest, *names]
 
 
 @contextmanager

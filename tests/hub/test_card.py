@@ -11,8 +11,8 @@ from hub.pushing import Merge, folder_content, pushed, recipe
 from tiny_models import MATRIX, Models, Run
 
 import streammerge
-from streammerge.checkpoints.checkpoint import Checkpoint
-from streammerge.hub.card import PLOT_FILE, coefficient_plot, model_card, stated_licence
+from streammerge.checkpoints.checkpoint import PLOT_FILE, Checkpoint
+from streammerge.hub.card import coefficient_plot, model_card, stated_licence
 from streammerge.report import manifest
 from streammerge.testing import Hub
 
