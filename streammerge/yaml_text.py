@@ -29,6 +29,12 @@ class _Loader(yaml.SafeLoader):
         self._most, self._depth, self._count = most, 0, 0
         self._sizes: dict[int, int] = {}  # id of a node -> how many values it is
 
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        """The scanner is ahead of the parser, and takes time with the square of the open brackets."""
+        if self.flow_level >= _DEEPEST:
+            raise yaml.YAMLError(f"nested more than {_DEEPEST} deep")
+        super().fetch_flow_collection_start(token)
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         before = self._count
         event = self.peek_event()  # type: ignore[no-untyped-call]

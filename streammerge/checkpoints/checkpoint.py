@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from streammerge.checkpoints.files import Files, LocalFolder
 from streammerge.checkpoints.header import DTYPES, TensorInfo, parse_header
+from streammerge.checkpoints.header_text import bad_tensor_name
 from streammerge.checkpoints.json_text import parse_object
 from streammerge.checkpoints.side_files import find_side_files
 from streammerge.checkpoints.source import Part, Source
@@ -305,16 +306,16 @@ def _read_weight_map(files: Files) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeaderError(f"{where}: it has no weight_map")
     for name, file in weight_map.items():
+        if reason := bad_tensor_name(name):
+            raise HeaderError(f"{where}: tensor {name[:99]!r}: {reason}")
         if not isinstance(file, str) or not file.endswith(".safetensors"):
             raise HeaderError(
-                f"{where}: tensor {name[:200]!r} is mapped to {reprlib.repr(file)}, which is no safetensors file"
+                f"{where}: tensor {name!r} is mapped to {reprlib.repr(file)}, which is no safetensors file"
             )
     for file in dict.fromkeys(weight_map.values()):
         if reason := unsafe_name(file):
             name = next(name for name in weight_map if weight_map[name] == file)
-            raise HeaderError(
-                f"{where}: tensor {name[:200]!r} is mapped to {file[:200]!r}, no file of the folder: {reason}"
-            )
+            raise HeaderError(f"{where}: tensor {name!r} is mapped to {file[:200]!r}, no file of the folder: {reason}")
     return weight_map
 
 

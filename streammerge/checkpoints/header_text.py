@@ -58,6 +58,13 @@ def entries(raw: bytes, where: str) -> Iterator[tuple[str, Any]]:
         raise _invalid(where, position)
 
 
+def bad_tensor_name(name: str) -> str | None:
+    """Why no tensor may have that name; None where one may. Control characters are allowed, and never shown as such."""
+    if len(name) > MAX_NAME:
+        return f"a name of {len(name)} characters, {MAX_NAME} is the most"
+    return "the name is not valid Unicode" if any("\ud800" <= c <= "\udfff" for c in name) else None
+
+
 def _name(text: str, position: int, decoder: json.JSONDecoder, where: str) -> tuple[str, int]:
     """A name and where its value begins."""
     if text[position : position + 1] != '"':
@@ -69,12 +76,8 @@ def _name(text: str, position: int, decoder: json.JSONDecoder, where: str) -> tu
     colon = _COLON.match(text, position)
     if colon is None:
         raise _invalid(where, position)
-    if len(name) > MAX_NAME:
-        raise HeaderError(
-            f"{where}: tensor {name[:100]!r}...: a name of {len(name)} characters, {MAX_NAME} is the most"
-        )
-    if any("\ud800" <= c <= "\udfff" for c in name):
-        raise HeaderError(f"{where}: tensor {name!r}: the name is not valid Unicode")
+    if reason := bad_tensor_name(name):
+        raise HeaderError(f"{where}: tensor {name[:99]!r}: {reason}")
     return name, colon.end()
 
 

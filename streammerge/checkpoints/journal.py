@@ -10,12 +10,14 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from streammerge.checkpoints.journal_text import parse_journal
+
 
 class Journal:
     """The journal of one run; `entries` holds what an earlier run left, then what this one appended."""
 
     def __init__(self, path: Path) -> None:
-        self.entries, intact = _read(path)
+        self.entries, intact = parse_journal(path.read_bytes() if path.exists() else b"")
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         os.ftruncate(self._fd, intact)
         os.lseek(self._fd, 0, os.SEEK_END)
@@ -32,16 +34,3 @@ class Journal:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The entries of the intact lines, and how many bytes those take."""
-    entries: list[dict[str, Any]] = []
-    intact = 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-        checksum, _, text = line.rstrip(b"\n").partition(b" ")
-        if not (line.endswith(b"\n") and text.startswith(b"{") and checksum == b"%08x" % zlib.crc32(text)):
-            break
-        entries.append(json.loads(text))
-        intact += len(line)
-    return entries, intact

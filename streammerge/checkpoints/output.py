@@ -1,5 +1,6 @@
 """What an output folder may hold before it is written, and the errors of writing."""
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -27,8 +28,6 @@ def check_output(folder: Path, inputs: Iterable[Path | None], overwrite: bool, m
 
 
 def _check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifest: str) -> None:
-    if (folder / WORK_DIR).is_symlink():
-        raise OutputExistsError(f"output folder {folder}: its {WORK_DIR} is a link, which is not ours: remove it")
     for path in inputs:
         if folder.resolve() == path.resolve():
             raise OutputExistsError(f"output folder {folder} is also an input: choose another --out")
@@ -39,6 +38,10 @@ def _check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifes
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if not found:
         return
+    if (link := _foreign_link(folder)) is not None:
+        raise OutputExistsError(
+            f"output folder {folder} holds the link {link}, which would be written through: remove it"
+        )
     ours = files_of_manifest(folder, manifest)
     if overwrite and ours is not None:
         foreign = found - {Path(name).parts[0] for name in ours} - {WORK_DIR}
@@ -47,6 +50,16 @@ def _check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifes
     elif WORK_DIR not in found:
         advice = "or replace that merge with --overwrite" if ours is not None else "or empty it"
         raise OutputExistsError(f"output folder {folder} is not empty ({min(found)!r}): choose another --out {advice}")
+
+
+def _foreign_link(folder: Path) -> Path | None:
+    """A link to another folder, or any in the work folder: none is ours, and what goes there would go elsewhere."""
+    for root, folders, files in os.walk(folder):
+        ours = WORK_DIR in Path(root).relative_to(folder).parts
+        for path in (Path(root) / name for name in [*folders, *(files if ours else [])]):
+            if path.is_symlink():
+                return path
+    return None
 
 
 def files_of_manifest(folder: Path, manifest: str) -> list[str] | None:

@@ -180,7 +180,7 @@ def _common_licence(names: Sequence[str], licences: Sequence[Licence]) -> tuple[
 def _recipe_block(recipe: Mapping[str, Any]) -> str:
     """The recipe as a block of YAML, with a fence that no text in it can close."""
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=math.inf)
-    if not all(line.isprintable() for line in text.splitlines()):  # YAML takes more for printable than is
+    if not all(line.isprintable() for line in text.split("\n")):  # YAML takes more for printable than is
         text = yaml.safe_dump(recipe, sort_keys=False, width=math.inf)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}yaml\n{text}{fence}"

@@ -207,6 +207,8 @@ BAD_INDEXES: dict[str, tuple[Any, type[CheckpointError], list[str]]] = {
         ["'a'", "2.safetensors", "does not hold it"],
     ),
     "one file under two names": ({"weight_map": {**TWO, "a2": "./1.safetensors"}}, HeaderError, ["'a2'", "no plain"]),
+    "surrogate tensor": ({"weight_map": {**TWO, "\ud800": "2.safetensors"}}, HeaderError, ["not valid Unicode"]),
+    "tensor of 1001 characters": ({"weight_map": {**TWO, "a" * 1001: "2.safetensors"}}, HeaderError, ["1000 is the"]),
     "Windows drive": ({"weight_map": {**TWO, "b": "C:2.safetensors"}}, HeaderError, ["'b'", "an absolute path"]),
     "backslash inside": ({"weight_map": {**TWO, "b": "x\\2.safetensors"}}, HeaderError, ["'b'", "a backslash"]),
     "nested": (

@@ -66,7 +66,7 @@ def test_a_long_name_cannot_end_the_recipe(saved_models: Models, tmp_path: Path)
         result["recipe"] = {**result["recipe"], "base": evil}
         text = model_card(job, result, [{}, {}])
     fences = [line for line in text.splitlines() if line.lstrip().startswith("```")]
-    assert fences == ["```yaml", "```"]
+    assert fences == ["````yaml", "````"]
 
 
 AGREEMENTS: dict[str, tuple[Any, dict[str, Any], str]] = {
