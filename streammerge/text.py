@@ -24,8 +24,3 @@ def all_visible(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [all_visible(item) for item in value]
     return value
-
-
-def shortened(text: str, length: int) -> str:
-    """The text, or its beginning with three dots where it is longer than that."""
-    return text if len(text) <= length else f"{text[:length]}..."
