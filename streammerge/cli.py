@@ -230,9 +230,10 @@ def verify(
 ) -> None:
     """Re-hash a finished merge against its manifest; check headers, names, shapes, dtypes, finite values."""
     result = streammerge.verify(folder, progress=not quiet)
-    text = f"{folder}: ok: {result['tensors']} tensors, {format_size(result['bytes'])}, every shard as it was written"
+    shown = visible(str(folder))
+    text = f"{shown}: ok: {result['tensors']} tensors, {format_size(result['bytes'])}, every shard as it was written"
     if not result["ok"]:
-        text = "\n".join(f"{folder}: {visible(problem)}" for problem in result["problems"])
+        text = "\n".join(f"{shown}: {visible(problem)}" for problem in result["problems"])
     _print(result if json else text)
     if not result["ok"]:
         raise typer.Exit(1)
@@ -390,7 +391,7 @@ def _merged_text(result: dict[str, Any], out: Path | None) -> str:
         lines = [table(*block_rows(result)), "", *lines]
     merged = sum("coefficient" in tensor for tensor in result["tensors"].values())
     copied = len(result["tensors"]) - merged
-    where = f" in {out}" if out is not None else ""
+    where = f" in {visible(str(out))}" if out is not None else ""
     lines.append(f"{merged} tensors merged, {copied} copied from the base: {format_size(size)}{where}")
     if "push" in result:
         lines.append(_pushed_text(result["push"]))
@@ -405,7 +406,7 @@ def _fisher_text(record: FisherRecord, out: Path) -> str:
     ratio = f"{record.ratio:.1f}" if record.ratio else "undefined"
     lines = [table(*fisher_rows(record)), "", f"largest over smallest block mean: {ratio}"]
     lines += [f"note: {visible(note)}" for note in record.notes]
-    return "\n".join([*lines, f"Fisher of {visible(record.base.id)} in {out}"])
+    return "\n".join([*lines, f"Fisher of {visible(record.base.id)} in {visible(str(out))}"])
 
 
 def _print(value: Any) -> None:

@@ -2,7 +2,9 @@
 
 import json
 import struct
+import tracemalloc
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from streammerge.checkpoints.header import (
     parse_header,
     tensor_nbytes,
 )
+from streammerge.checkpoints.source import LocalFile
 from streammerge.errors import HeaderError
 
 WHERE = "model m, file f.safetensors"
@@ -306,3 +309,56 @@ def test_the_largest_header_allowed() -> None:
 def test_tensor_nbytes_refuses_half_bytes(dtype: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(HeaderError, match=f"{dtype} .* does not fill whole bytes"):
         tensor_nbytes(dtype, shape)
+
+
+def test_the_number_of_tensors_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = to_bytes({f"t{number}": entry(shape=[0], offsets=[0, 0]) for number in range(6)})
+    monkeypatch.setattr("streammerge.checkpoints.header.MAX_TENSORS", 6)
+    assert len(parse(content)) == 6
+    monkeypatch.setattr("streammerge.checkpoints.header.MAX_TENSORS", 5)
+    with pytest.raises(HeaderError, match="more than 5 tensors in one file"):
+        parse(content)
+
+
+HOSTILE = {  # headers of which a parser makes 20 to 100 bytes of objects per byte
+    "lists": b'{"a":{"shape":[' + b"[]," * 700_000 + b"1]}}",
+    "lists in place of an entry": b'{"a":[' + b"[]," * 700_000 + b"1]}",
+    "objects in an entry": b'{"a":{"shape":[' + b"{}," * 700_000 + b"1]}}",
+    "keys": b'{"a":{' + b",".join(b'"%x":0' % number for number in range(200_000)) + b"}}",
+    "metadata": b'{"__metadata__":{' + b",".join(b'"%x":""' % number for number in range(200_000)) + b"}}",
+    "numbers": b'{"a":{"shape":[' + b"9999," * 400_000 + b"1]}}",
+    "nested": b'{"a":' * 400_000,
+}
+
+
+@pytest.mark.parametrize("raw", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_header_takes_little_more_than_its_length(raw: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(HeaderError):
+            parse_header(raw, 8 + len(raw), "f", WHERE)
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(raw)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_large_header_takes_ten_times_its_length_at_most() -> None:
+    raw = json.dumps({f"{number:x}": entry(shape=[0], offsets=[0, 0]) for number in range(20_000)}).encode()
+    tracemalloc.start()
+    try:
+        assert len(parse_header(raw, 8 + len(raw), "f", WHERE)) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(raw)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_declared_length_reserves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(struct.pack("<Q", MAX_HEADER_BYTES) + b"{}")
+    tracemalloc.start()
+    try:
+        with pytest.raises(HeaderError, match="truncated"):
+            LocalFile(path, WHERE).header()
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
