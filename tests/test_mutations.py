@@ -28,12 +28,6 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
         "if False:",
         "checkpoints/test_header.py::test_a_header_longer_than_the_file",
     ),
-    "one entry at a time": (
-        "checkpoints/header_text.py",
-        r're.compile(r"\{[^{}]*+\}")',
-        r're.compile(r"\{.*\}", re.DOTALL)',
-        "checkpoints/test_header.py::test_a_hostile_header_takes_little_more_than_its_length",
-    ),
     "length of an entry": (
         "checkpoints/header_text.py",
         "limit = position + (MAX_METADATA if notes else MAX_ENTRY)",
