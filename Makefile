@@ -4,7 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test crash docs lint format clean
+FUZZ_SECONDS ?= 60 # of each target
+FUZZ_TARGETS := header index recipe journal ledger manifest
+
+.PHONY: help demo test crash fuzz docs lint format clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +28,12 @@ test: $(READY) ## run the tests
 crash: $(READY) ## run the long version of what is killed and stopped
 	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "full or not full" tests/crash
 
+fuzz: $(READY) ## look for inputs that break a parser, FUZZ_SECONDS=60 for each; needs atheris, which it installs
+	$(BIN)/pip install --quiet --constraint constraints.txt atheris
+	for target in $(FUZZ_TARGETS); do mkdir -p fuzz/$$target && $(BIN)/python tests/fuzz/guided.py $$target \
+		-max_total_time=$(FUZZ_SECONDS) -timeout=5 -artifact_prefix=fuzz/$$target- \
+		fuzz/$$target tests/fuzz/corpus/$$target || exit 1; done
+
 docs: $(READY) ## write docs/methods.md anew from the methods' docstrings
 	$(BIN)/streammerge methods --markdown > docs/methods.md.new
 	mv docs/methods.md.new docs/methods.md
@@ -39,4 +48,4 @@ format: $(READY) ## apply the style
 	$(BIN)/ruff format .
 
 clean: ## remove what make made
-	rm -rf $(VENV) demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo fuzz build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

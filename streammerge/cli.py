@@ -65,6 +65,7 @@ from streammerge.options import (
 from streammerge.recipe import load_recipe, make_recipe
 from streammerge.report import block_rows, fisher_rows, plan_text, table
 from streammerge.schema import build
+from streammerge.text import all_visible, visible
 from streammerge.units import format_size, parse_size
 
 app = typer.Typer(
@@ -141,7 +142,7 @@ def merge(
                 check_output(out, [model.folder for model in (planned.base, *planned.experts)], overwrite)
             if push is not None:
                 push.check_weights(file_names(planned.shards))
-        _print(summary if json else plan_text(summary))
+        _print(summary if json else plan_text(all_visible(summary)))
         return
     if out is None and not push_to_hub:
         raise typer.BadParameter("give the output folder, or --push-to-hub", param_hint="--out")
@@ -160,7 +161,7 @@ def merge(
         overwrite=overwrite,
         progress=not quiet,
     )
-    _print(result if json else _merged_text(result, out))
+    _print(result if json else _merged_text(all_visible(result), out))
 
 
 def plan(**options: Any) -> None:
@@ -220,7 +221,7 @@ def push(
     Example: streammerge push merged my-name/merged --private
     """
     result = streammerge.push(folder, repository, **push_settings(options), progress=not quiet)
-    _print(result if json else _pushed_text(result))
+    _print(result if json else _pushed_text(all_visible(result)))
 
 
 def verify(
@@ -230,9 +231,10 @@ def verify(
 ) -> None:
     """Re-hash a finished merge against its manifest; check headers, names, shapes, dtypes, finite values."""
     result = streammerge.verify(folder, progress=not quiet)
-    text = f"{folder}: ok: {result['tensors']} tensors, {format_size(result['bytes'])}, every shard as it was written"
+    shown = visible(str(folder))
+    text = f"{shown}: ok: {result['tensors']} tensors, {format_size(result['bytes'])}, every shard as it was written"
     if not result["ok"]:
-        text = "\n".join(f"{folder}: {problem}" for problem in result["problems"])
+        text = "\n".join(f"{shown}: {visible(problem)}" for problem in result["problems"])
     _print(result if json else text)
     if not result["ok"]:
         raise typer.Exit(1)
@@ -283,7 +285,7 @@ def diagnose(
         plot=plot,
         progress=not quiet,
     )
-    _print(result if json else diagnose_text(result))
+    _print(result if json else diagnose_text(all_visible(result)))
 
 
 def demo(
@@ -320,7 +322,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         except StreammergeError as error:
             if debug:
                 raise
-            print(f"streammerge: error: {_printable(str(error))}", file=sys.stderr)
+            print(f"streammerge: error: {_lines(str(error))}", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt as stop:
             signals.say_farewell(command.__name__)
@@ -389,7 +391,7 @@ def _merged_text(result: dict[str, Any], out: Path | None) -> str:
         lines = [table(*block_rows(result)), "", *lines]
     merged = sum("coefficient" in tensor for tensor in result["tensors"].values())
     copied = len(result["tensors"]) - merged
-    where = f" in {out}" if out is not None else ""
+    where = f" in {visible(str(out))}" if out is not None else ""
     lines.append(f"{merged} tensors merged, {copied} copied from the base: {format_size(size)}{where}")
     if "push" in result:
         lines.append(_pushed_text(result["push"]))
@@ -403,17 +405,17 @@ def _pushed_text(result: dict[str, Any]) -> str:
 def _fisher_text(record: FisherRecord, out: Path) -> str:
     ratio = f"{record.ratio:.1f}" if record.ratio else "undefined"
     lines = [table(*fisher_rows(record)), "", f"largest over smallest block mean: {ratio}"]
-    lines += [f"note: {note}" for note in record.notes]
-    return "\n".join([*lines, f"Fisher of {record.base.id} in {out}"])
+    lines += [f"note: {visible(note)}" for note in record.notes]
+    return "\n".join([*lines, f"Fisher of {visible(record.base.id)} in {visible(str(out))}"])
 
 
 def _print(value: Any) -> None:
-    print(_printable(value) if isinstance(value, str) else json.dumps(value, indent=2))
+    print(_lines(value) if isinstance(value, str) else json.dumps(value, indent=2))
 
 
-def _printable(text: str) -> str:
-    """Text that cannot drive the terminal: control characters from names are shown, not sent."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+def _lines(text: str) -> str:
+    """What goes to the terminal: nothing in it but our own line ends drives it, see `visible`."""
+    return "\n".join(map(visible, text.split("\n")))
 
 
 def _version(value: bool) -> None:

@@ -10,14 +10,20 @@
      +-- TransferError (OSError)            bytes that could not be read, written, downloaded or uploaded
      +-- OutputExistsError                  an output folder that holds something else
 
-Messages name the model, the file and the tensor, and the option or call that mends it.
+Messages name the model, the file and the tensor, and the option or call that mends it. Names come from strangers: what
+cannot be printed is written as its escape in every message, so that none drives a terminal or forges a line.
 """
 
 from collections.abc import Sequence
 
+from streammerge.text import visible
+
 
 class StreammergeError(Exception):
-    """Base class of all errors raised on purpose."""
+    """Base class of all errors raised on purpose. The message is one line, see `visible`."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(message))
 
 
 class RecipeError(StreammergeError, ValueError):
@@ -51,7 +57,7 @@ class IncompatibleCheckpointsError(CheckpointError):
     def __init__(self, summary: str, mismatches: Sequence[str]) -> None:
         self.mismatches = tuple(mismatches)
         separator = " " if len(self.mismatches) == 1 else "\n  - "
-        super().__init__(separator.join([summary, *self.mismatches]))
+        Exception.__init__(self, separator.join(visible(line) for line in [summary, *self.mismatches]))
 
 
 class MemoryBudgetError(StreammergeError):

@@ -317,6 +317,9 @@ def plan(
                 fishers.append(open_fisher(Path(folder), model, recipe.fisher, needed))
                 stack.enter_context(fishers[-1][0])
         notes = [note for match in matches for note in match.notes]
+        code = [name for name in base.side_files() if name.endswith(".py")]  # refuses what must not be copied
+        if code:
+            notes.append(f"copied, never run: {', '.join(code)}: code that model {base.id} brings")
         units = _units(contexts, actions, method)
         unbounded = Budget(1, 0, 0)
         job = MergePlan(recipe, base, experts, matches, fishers, resolved, actions, units, shards, unbounded, notes)

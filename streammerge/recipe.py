@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, field_validator
 
 from streammerge.calibration.store import CalibrationSettings
@@ -20,6 +18,7 @@ from streammerge.methods.aim import Aim
 from streammerge.methods.api import Method, ModelFacts
 from streammerge.schema import Strict, build, suggest
 from streammerge.units import parse_size
+from streammerge.yaml_text import parse_yaml
 
 DEFAULT_METHOD = "fim_ties"
 
@@ -87,45 +86,37 @@ def make_recipe(values: Recipe | Mapping[str, Any]) -> Recipe:
     return values if isinstance(values, Recipe) else build(Recipe, values, "recipe")
 
 
-_BOOL = "tag:yaml.org,2002:bool"
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses a key given twice, where PyYAML would keep the last one.
-
-    Only true and false are booleans, as in YAML 1.2: `norm_tolerance: off` must stay the word.
-    """
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own way
-        first: [(tag, pattern) for tag, pattern in pairs if tag != _BOOL]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.YAMLError(f"{twice!r} is given twice")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_MOST_BYTES, _MOST_VALUES = 100_000, 10_000  # of a recipe: hundreds of models with all their parameters
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
     """Read the values of a YAML recipe.
 
     Raises:
-        RecipeError: no such file, not YAML, or not a mapping.
+        RecipeError: no such file, not YAML, too large, or not a mapping.
     """
     try:
-        values = yaml.load(Path(path).read_text("utf-8"), _Loader)
-    except OSError as error:
-        raise RecipeError(f"recipe {path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date that is none
-        raise RecipeError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+        with open(path, "rb") as file:
+            raw = file.read(_MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"recipe {path}: {getattr(error, 'strerror', None) or error}") from None
+    if len(raw) > _MOST_BYTES:
+        raise RecipeError(f"recipe {path}: larger than {_MOST_BYTES} bytes")
+    return parse_recipe(raw, f"recipe {path}")
+
+
+def parse_recipe(raw: bytes, where: str) -> dict[str, Any]:
+    """The values of a YAML recipe, of which nothing is believed.
+
+    Raises:
+        RecipeError: not YAML, or not a mapping.
+    """
+    try:
+        values = parse_yaml(raw.decode("utf-8"), _MOST_VALUES)
+    except ValueError as error:
+        raise RecipeError(f"{where}: not valid YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise RecipeError(f"recipe {path}: must be a mapping with the keys {', '.join(Recipe.model_fields)}")
+        raise RecipeError(f"{where}: must be a mapping with the keys {', '.join(Recipe.model_fields)}")
     return values
 
 

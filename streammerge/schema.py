@@ -3,11 +3,12 @@
 import difflib
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from streammerge.errors import RecipeError
+from streammerge.names import unsafe_name
 
 
 class Strict(BaseModel):
@@ -15,6 +16,14 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+
+def _safe(name: str) -> str:
+    if reason := unsafe_name(name):
+        raise ValueError(reason)
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_safe)]  # relative to a folder, and inside of it
 
 Model = TypeVar("Model", bound=BaseModel)
 

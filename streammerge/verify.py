@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from streammerge.checkpoints.buffers import as_bytes
 from streammerge.checkpoints.checkpoint import MANIFEST_FILE, Checkpoint, torch_dtype
-from streammerge.errors import CheckpointError, StreammergeError
+from streammerge.checkpoints.json_text import parse_object
+from streammerge.errors import CheckpointError, HeaderError, StreammergeError
 from streammerge.progress import progress_bar
+from streammerge.schema import FileName
 
 _PIECE = 16 << 20
 
@@ -71,16 +72,6 @@ class _Recipe(_Part):
     method: str
 
 
-def _inside(name: str) -> str:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise ValueError("outside the folder")
-    return name
-
-
-FileName = Annotated[str, AfterValidator(_inside)]
-
-
 class Manifest(_Part):
     recipe: _Recipe
     tensors: dict[str, _Tensor] = Field(min_length=1)
@@ -93,8 +84,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not os.path.isfile(path):  # unlike Path.is_file, False for a name the system cannot hold
         raise CheckpointError(f"{folder}: there is no {MANIFEST_FILE}, so this is no finished merge of streammerge")
     try:
-        return Manifest.model_validate(json.loads(path.read_text("utf-8")))
-    except (ValueError, RecursionError):
+        return Manifest.model_validate(parse_object(path.read_bytes(), str(path)))
+    except (ValueError, HeaderError):
         raise CheckpointError(f"{folder}, file {MANIFEST_FILE}: damaged: not a manifest of streammerge") from None
 
 

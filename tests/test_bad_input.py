@@ -130,7 +130,7 @@ BROKEN: dict[str, tuple[Spoil, list[str]]] = {
     "index names a file outside": (point_outside, [f"file {INDEX}: ", "outside the folder"]),
     "index with an absolute path": (
         lambda f: put_index(f, **{MATRIX: "/dev/null.safetensors"}),
-        [f"file {INDEX}: tensor '{MATRIX}' is mapped to '/dev/null.safetensors', outside the folder"],
+        [f"file {INDEX}: tensor '{MATRIX}' is mapped to '/dev/null.safetensors', no file of the folder: it is an"],
     ),
     "index of other tensors": (
         lambda f: put_index(f, ghost=SHARD),
@@ -724,6 +724,11 @@ def _none(*args: object) -> list[str]:
     return []
 
 
+def _duplicate_in_config(folder: Path) -> None:
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text('{"model_type": "another",' + text.lstrip()[1:])
+
+
 def _other_base(folder: Path) -> None:
     edit_record(folder.parent / "fisher", lambda record: record["base"].update(fingerprint="0" * 64))
 
@@ -734,7 +739,7 @@ WITH_FISHER = ("--fisher", "{root}/fisher")
 GUARDS: dict[str, Guard] = {
     "finite values": ("stream", "require_finite", _pass, lambda f: spoil(f, MATRIX, torch.nan), TASK_ARITHMETIC),
     "quantised": ("plan", "refuse_quantised", _pass, BROKEN["quantised by its config"][0], TASK_ARITHMETIC),
-    "duplicates": ("checkpoints.header", "unique_keys", _any_dict, duplicate, TASK_ARITHMETIC),
+    "duplicates": ("checkpoints.json_text", "unique_keys", _any_dict, _duplicate_in_config, TASK_ARITHMETIC),
     "paths in an index": ("checkpoints.checkpoint", "_read_weight_map", _map, point_outside, TASK_ARITHMETIC),
     "index and headers": (
         "checkpoints.checkpoint",
@@ -754,7 +759,13 @@ GUARDS: dict[str, Guard] = {
         lambda f: f,
         ("--density", "1", "--density", "0", "--density", "1"),
     ),
-    "keys given twice": ("recipe", "_Loader", yaml.SafeLoader, lambda f: f, ("{root}/recipe.yaml",)),
+    "keys given twice": (
+        "yaml_text",
+        "_Loader",
+        lambda text, most: yaml.SafeLoader(text),
+        lambda f: f,
+        ("{root}/recipe.yaml",),
+    ),
 }
 
 

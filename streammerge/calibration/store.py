@@ -22,7 +22,7 @@ from streammerge.checkpoints.shard_file import ShardFile
 from streammerge.checkpoints.source import LocalFile
 from streammerge.errors import RecipeError
 from streammerge.fisher.store import ComputeDType
-from streammerge.schema import Strict
+from streammerge.schema import FileName, Strict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +83,7 @@ class CalibrationRecord(Strict):
         None, description="per fine-tuned model: embedding, block number, norm or head -> nats in each sample"
     )
     sensitivity: Sensitivity | None = None
-    tensors: dict[str, str] = Field(default_factory=dict, description="entry -> the file it is in")
+    tensors: dict[str, FileName] = Field(default_factory=dict, description="entry -> the file it is in")
     notes: list[str] = Field(default_factory=list)
 
 

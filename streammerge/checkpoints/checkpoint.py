@@ -5,15 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import reprlib
+from collections.abc import Iterable, Mapping
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from streammerge.checkpoints.files import Files, LocalFolder
-from streammerge.checkpoints.header import DTYPES, TensorInfo, parse_header, unique_keys
+from streammerge.checkpoints.header import DTYPES, TensorInfo, parse_header
+from streammerge.checkpoints.header_text import bad_tensor_name
+from streammerge.checkpoints.json_text import parse_object
+from streammerge.checkpoints.side_files import find_side_files
 from streammerge.checkpoints.source import Part, Source
 from streammerge.errors import CheckpointError, HeaderError, MissingTensorError
+from streammerge.names import unsafe_name
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
@@ -22,11 +27,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "streammerge.json"
 CARD_FILE = "README.md"
+PLOT_FILE = "merge-coefficients.png"
 
-_WEIGHT_SUFFIXES = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".onnx_data", ".h5", ".msgpack", ".ot"),
-    *(".tflite", ".mlmodel", ".index.json"),
-)
 _FRAME_BYTES, _ENTRY_BYTES = 56, 84  # of a header, and of its entry for one tensor, besides the name
 _PART = re.compile(r"-\d+-of-(?!0*1\.)\d+\.safetensors$")  # one of several: alone it is not a model
 
@@ -222,16 +224,9 @@ class Checkpoint:
             by_file.setdefault(info.file, []).extend((at, min(64, info.nbytes)) for at in _sample_places(info))
         return sum(self._sources[file].sample_bytes(parts) for file, parts in by_file.items())
 
-    def side_files(self) -> Iterator[str]:
-        """Every non-weight file a merged model takes over verbatim, as sorted relative names.
-
-        Left out: weights and their indexes, hidden files, the model card and the manifest of an earlier
-        merge (the output gets its own).
-        """
-        for name in self.files.names():
-            hidden = any(part.startswith(".") for part in name.split("/"))
-            if not hidden and name not in (CARD_FILE, MANIFEST_FILE) and not name.endswith(_WEIGHT_SUFFIXES):
-                yield name
+    def side_files(self) -> list[str]:
+        """Every non-weight file a merged model takes over verbatim, see `find_side_files`."""
+        return find_side_files(self.files, (CARD_FILE, MANIFEST_FILE, PLOT_FILE))
 
     def close(self) -> None:
         for source in self._sources.values():
@@ -338,10 +333,16 @@ def _read_weight_map(files: Files) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeaderError(f"{where}: it has no weight_map")
     for name, file in weight_map.items():
+        if reason := bad_tensor_name(name):
+            raise HeaderError(f"{where}: tensor {name[:99]!r}: {reason}")
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise HeaderError(f"{where}: tensor {name!r} is mapped to {file!r}, which is no safetensors file")
-        if PurePosixPath(file).is_absolute() or "\\" in file or ".." in PurePosixPath(file).parts or "\0" in file:
-            raise HeaderError(f"{where}: tensor {name!r} is mapped to {file!r}, outside the folder")
+            raise HeaderError(
+                f"{where}: tensor {name!r} is mapped to {reprlib.repr(file)}, which is no safetensors file"
+            )
+    for file in dict.fromkeys(weight_map.values()):
+        if reason := unsafe_name(file):
+            name = next(name for name in weight_map if weight_map[name] == file)
+            raise HeaderError(f"{where}: tensor {name!r} is mapped to {file[:200]!r}, no file of the folder: {reason}")
     return weight_map
 
 
@@ -363,10 +364,4 @@ def _read_json(files: Files, name: str, required: bool = True) -> dict[str, Any]
         if not required:
             return {}
         raise CheckpointError(f"{where}: missing: is this a model folder?")
-    try:
-        value = json.loads(files.text(name).decode("utf-8"), object_pairs_hook=unique_keys(where))
-    except (ValueError, RecursionError) as error:
-        raise HeaderError(f"{where}: not valid JSON ({str(error)[:100]})") from None
-    if not isinstance(value, dict):
-        raise HeaderError(f"{where}: not a JSON object")
-    return value
+    return parse_object(files.text(name), where)

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from streammerge.checkpoints import disk
+from streammerge.checkpoints.json_text import MAX_TEXT_BYTES
 from streammerge.checkpoints.source import LocalFile, Source
 from streammerge.errors import CheckpointError, HeaderError, TransferError
-
-MAX_TEXT_BYTES = 100_000_000
+from streammerge.names import stays_inside
 
 
 class Files(ABC):
@@ -64,6 +64,14 @@ class Files(ABC):
     def folder_with(self, *patterns: str) -> Path:
         """A local folder in which those of the top files are that match one of the patterns, and maybe others."""
 
+    @abstractmethod
+    def length(self, name: str) -> int:
+        """The file's size in bytes; 0 where the Hub does not tell it."""
+
+    def leads_out(self, name: str) -> bool:
+        """Whether it is a link to a file that is none of the model's."""
+        return False
+
     def size(self, name: str) -> int:
         """How many bytes travel when `path` is asked for the file."""
         return 0
@@ -95,6 +103,15 @@ class LocalFolder(Files):
     def names(self) -> list[str]:
         paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
         return [path.relative_to(self.folder).as_posix() for path in paths]
+
+    def length(self, name: str) -> int:
+        try:
+            return (self.folder / name).stat().st_size
+        except OSError as error:
+            raise TransferError(f"{self.where(name)}: cannot be read: {error.strerror}") from error
+
+    def leads_out(self, name: str) -> bool:
+        return not stays_inside(self.folder, name)
 
     def text(self, name: str) -> bytes:
         path, where = self.folder / name, self.where(name)

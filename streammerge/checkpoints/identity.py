@@ -20,11 +20,21 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """
     found: list[str] = []
     for key in dict.fromkeys((*old, *new)):
-        if key == "sources" and key in old and key in new:
+        if key == "sources" and _are_models(old.get(key)) and key in new:
             found += _sources(old[key], new[key])
         elif key != "layout":
             found += _differing(key, old.get(key, _ABSENT), new.get(key, _ABSENT))
     return found or sorted(key for key in {*old, *new} if old.get(key, _ABSENT) != new.get(key, _ABSENT))
+
+
+def _are_models(value: Any) -> bool:
+    """False for what no run of ours has recorded."""
+    return isinstance(value, list) and all(_is_model(entry) and "role" in entry for entry in value)
+
+
+def _is_model(value: Any) -> bool:
+    known = isinstance(value, dict) and value.keys() >= {"id", "revision", "fingerprint", "files"}
+    return known and isinstance(value["files"], dict)
 
 
 def _sources(old: Sequence[Model], new: Sequence[Model]) -> Iterator[str]:
@@ -38,7 +48,7 @@ def _differing(place: str, old: Any, new: Any) -> Iterator[str]:
     if old == new:
         return
     if isinstance(old, dict) and isinstance(new, dict):
-        if "fingerprint" in old and "fingerprint" in new:
+        if _is_model(old) and _is_model(new):
             yield _model(place, old, new)
             return
         for key in dict.fromkeys((*old, *new)):

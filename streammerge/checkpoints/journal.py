@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.checkpoints import disk
+from streammerge.checkpoints.journal_text import parse_journal
 
 
 class Journal:
     """The journal of one run; `entries` holds what an earlier run left, then what this one appended."""
 
     def __init__(self, path: Path) -> None:
-        self.entries, intact = _read(path)
+        self.entries, intact = parse_journal(disk.read_file(path) if path.exists() else b"")
         new = not path.exists()
         self._fd = disk.open_to_append(path)
         try:
@@ -38,16 +39,3 @@ class Journal:
         if self._fd >= 0:
             disk.close(self._fd)
             self._fd = -1
-
-
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The entries of the intact lines, and how many bytes those take."""
-    entries: list[dict[str, Any]] = []
-    intact = 0
-    for line in disk.read_file(path).splitlines(keepends=True) if path.exists() else ():
-        checksum, _, text = line.rstrip(b"\n").partition(b" ")
-        if not (line.endswith(b"\n") and text.startswith(b"{") and checksum == b"%08x" % zlib.crc32(text)):
-            break
-        entries.append(json.loads(text))
-        intact += len(line)
-    return entries, intact

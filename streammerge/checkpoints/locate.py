@@ -15,11 +15,12 @@ from typing import get_args
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.errors import CheckpointError, RecipeError
 from streammerge.hub.pull import HubMode, hub_files
+from streammerge.names import unsafe_name
 from streammerge.schema import suggest
 
 HUB_SCHEME = "hf://"
-_REPOSITORY = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
-_COMMIT = re.compile(r"@[0-9a-f]{40}$")
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_COMMIT = re.compile(r"@[0-9a-f]{40}\Z")
 
 
 def open_model(reference: str, hub_mode: HubMode = "cache", progress: bool = False) -> Checkpoint:
@@ -47,9 +48,11 @@ def open_model(reference: str, hub_mode: HubMode = "cache", progress: bool = Fal
     if not hub_only and os.path.isfile(name):
         raise CheckpointError(f"model {name}: this is a file: give the folder it is in")
     repository, _, revision = name.partition("@")
-    if not _REPOSITORY.match(repository):
+    if not _REPOSITORY.fullmatch(repository):
         kind = "Hub repository id (org/name[@revision])" if hub_only else "folder, nor a Hub repository id (org/name)"
         raise CheckpointError(f"model {name}: there is no such {kind}")
+    if revision and (reason := unsafe_name(revision)):  # it becomes part of a path in the cache
+        raise CheckpointError(f"model {name}: there is no such revision: {reason}")
     files, commit = hub_files(repository, revision or None, hub_mode, progress)
     try:
         return Checkpoint.of(files, revision=commit)

@@ -1,12 +1,14 @@
 """What an output folder may hold before it is written, and the errors of writing."""
 
-import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from streammerge.checkpoints.checkpoint import MANIFEST_FILE, Checkpoint
-from streammerge.errors import CheckpointError, OutputExistsError, RecipeError, TransferError
+from streammerge.checkpoints.json_text import parse_object
+from streammerge.errors import CheckpointError, HeaderError, OutputExistsError, RecipeError, TransferError
+from streammerge.names import stays_inside, unsafe_name
 
 WORK_DIR = ".streammerge"
 
@@ -36,6 +38,10 @@ def _check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifes
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if not found:
         return
+    if (link := _foreign_link(folder)) is not None:
+        raise OutputExistsError(
+            f"output folder {folder} holds the link {link}, which would be written through: remove it"
+        )
     ours = files_of_manifest(folder, manifest)
     if overwrite and ours is not None:
         foreign = found - {Path(name).parts[0] for name in ours} - {WORK_DIR}
@@ -46,15 +52,28 @@ def _check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifes
         raise OutputExistsError(f"output folder {folder} is not empty ({min(found)!r}): choose another --out {advice}")
 
 
+def _foreign_link(folder: Path) -> Path | None:
+    """A link to another folder, or any in the work folder: none is ours, and what goes there would go elsewhere."""
+    for root, folders, files in os.walk(folder):
+        ours = WORK_DIR in Path(root).relative_to(folder).parts
+        for path in (Path(root) / name for name in [*folders, *(files if ours else [])]):
+            if path.is_symlink():
+                return path
+    return None
+
+
 def files_of_manifest(folder: Path, manifest: str) -> list[str] | None:
-    """The files of a finished checkpoint of ours; None where there is none, or its manifest names a file elsewhere."""
+    """The files of a finished checkpoint of ours; None where there is none, or its manifest names a file elsewhere.
+
+    They are to be removed, so that a file in a linked folder is elsewhere too.
+    """
     try:
-        paths = [PurePosixPath(name) for name in json.loads((folder / manifest).read_text("utf-8"))["files"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        names = parse_object((folder / manifest).read_bytes(), str(folder / manifest))["files"]
+        if any(unsafe_name(name) or not stays_inside(folder, str(PurePosixPath(name).parent / "x")) for name in names):
+            return None
+    except (OSError, HeaderError, KeyError, TypeError, AttributeError):
         return None
-    if any(path.is_absolute() or not path.parts or ".." in path.parts for path in paths):
-        return None
-    return [manifest, *(str(path) for path in paths)]
+    return [manifest, *names]
 
 
 @contextmanager

@@ -5,7 +5,6 @@ decoder block and per tensor, taken from the float32 accumulators before they we
 """
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -13,8 +12,9 @@ from typing import Literal
 from pydantic import Field
 
 from streammerge.checkpoints.checkpoint import Checkpoint
-from streammerge.errors import CheckpointError, IncompatibleCheckpointsError, RecipeError
-from streammerge.schema import Strict, build
+from streammerge.checkpoints.json_text import parse_object
+from streammerge.errors import CheckpointError, IncompatibleCheckpointsError, RecipeError, TransferError
+from streammerge.schema import FileName, Strict, build
 
 FISHER_FILE = "fisher.json"
 
@@ -82,7 +82,7 @@ class FisherRecord(Strict):
         default_factory=list, description="tensors of experts that no token reached, in whole or in part"
     )
     notes: list[str] = Field(default_factory=list, description="what a user should know")
-    files: list[str] = Field(description="every file of the Fisher, so that --overwrite can replace it")
+    files: list[FileName] = Field(description="every file of the Fisher, so that --overwrite can replace it")
 
     @property
     def ratio(self) -> float | None:
@@ -125,11 +125,11 @@ def open_fisher(
         raise CheckpointError(f"Fisher {folder}: there is no {FISHER_FILE}; make one with: streammerge fisher")
     where = f"Fisher {folder}, file {FISHER_FILE}"
     try:
-        record = build(FisherRecord, json.loads(path.read_text("utf-8")), where)
+        record = build(FisherRecord, parse_object(path.read_bytes(), where), where)
     except RecipeError as error:
         raise CheckpointError(str(error)[:400]) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not valid JSON ({str(error)[:100]})") from None
+    except OSError as error:
+        raise TransferError(f"{where}: cannot be read: {error.strerror}") from error
     checkpoint = Checkpoint.open(folder, id=f"Fisher {folder}", need_config=False)
     mismatches = _differences(record, settings)
     for name in needed:

@@ -16,6 +16,7 @@ from typing import Any
 
 from streammerge.checkpoints.journal import Journal
 from streammerge.checkpoints.output import transfer_errors
+from streammerge.errors import TransferError
 from streammerge.hub.settings import PushSettings
 
 LEDGER_FILE = "uploads"
@@ -76,10 +77,13 @@ class Ledger:
             self._replay(line)
 
     def _replay(self, line: dict[str, Any]) -> None:
+        text = [line[key] for key in ("file", "sha256", "lost", "head") if line.get(key) is not None]
+        if not all(isinstance(value, str) for value in text) or ("file" in line) != ("sha256" in line):
+            raise TransferError(f"{self._path}: damaged: start anew with --overwrite")
         if "target" in line:
-            self._ours = all(line[key] == value for key, value in self._repository.items())
+            self._ours = all(line.get(key) == value for key, value in self._repository.items())
             if self._ours and line["target"] == self._target:
-                self.begun, self.head, self.committing = True, line["head"], False
+                self.begun, self.head, self.committing = True, line.get("head"), False
         elif not self._ours:
             pass
         elif "file" in line:

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Literal
 
-from streammerge.checkpoints.files import MAX_TEXT_BYTES, Files, LocalFolder
+from streammerge.checkpoints.files import Files, LocalFolder
 from streammerge.checkpoints.source import LocalFile, Part, Source
 from streammerge.errors import TransferError
 from streammerge.hub.downloads import Downloads
@@ -22,6 +22,7 @@ from streammerge.hub.repository import Pinned, resolve
 # stream  of weight files only the byte ranges that are needed are read, every time they are
 HubMode = Literal["cache", "stream"]
 
+_MOST_BYTES = 100_000_000  # of a file that is fetched into memory
 _AT_ONCE = 8  # headers that are fetched at a time
 
 
@@ -125,6 +126,9 @@ class HubFiles(Files):
         with self._lock:
             return self._folder()
 
+    def length(self, name: str) -> int:
+        return self._sizes[name] or 0
+
     def size(self, name: str) -> int:
         known = self._sizes[name] or 0
         return 0 if self.pinned.cached(name) or name in self._texts else known
@@ -140,7 +144,7 @@ class HubFiles(Files):
         return Remote(self.pinned.url(name), f"model {self.id}", self.where(name), self._tally)
 
     def _fetch(self, name: str) -> bytes:
-        return self._remote(name).body(MAX_TEXT_BYTES, self._lanes.stop, self._sizes[name])
+        return self._remote(name).body(_MOST_BYTES, self._lanes.stop, self._sizes[name])
 
     def _scratch_path(self, name: str) -> Path:
         with self._lock:

@@ -12,6 +12,7 @@ from streammerge.errors import CheckpointError
 from streammerge.hub.commit import Commit, LostObjectsError
 from streammerge.hub.settings import PushSettings
 from streammerge.hub.target import UPLOADS, HubTarget, PushedFile
+from streammerge.names import stays_inside
 from streammerge.progress import progress_bar
 from streammerge.schema import build
 from streammerge.verify import read_manifest, verify
@@ -66,6 +67,9 @@ def push(
     target = HubTarget(build(PushSettings, values, "push"))
     folder = Path(folder)
     manifest = read_manifest(folder)
+    for name in (MANIFEST_FILE, *manifest.files, *manifest.shards):
+        if not stays_inside(folder, name):
+            raise CheckpointError(f"{folder}, file {name}: a link to a file outside of the folder, which is not pushed")
     target.check()
     target.check_weights(manifest.files)
     checked = verify(folder, progress=progress)

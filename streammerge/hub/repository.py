@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
+from typing import Any
 from urllib.parse import quote
 
-from streammerge.errors import CheckpointError, TransferError
+from streammerge.checkpoints.json_text import parse_object
+from streammerge.errors import CheckpointError, HeaderError, TransferError
 from streammerge.hub.remote import Remote, Tally
 from streammerge.hub.tries import PassingError
+from streammerge.names import unsafe_name
 
 _MOST_LISTING_BYTES = 100_000_000
 _TRIES = 4  # at the first contact with a Hub, which may simply not be there
@@ -78,11 +81,22 @@ def resolve(id: str, revision: str | None, tally: Tally) -> Pinned:
             raise
         return _from_cache(id, revision, model, str(error.__cause__))
     try:
-        info = json.loads(body)
-        sizes = {entry["rfilename"]: entry.get("size") for entry in info["siblings"]}
-        return Pinned(id, revision, str(info["sha"]), sizes)
-    except (ValueError, KeyError, TypeError):
+        return Pinned(id, revision, *_read_listing(parse_object(body, model), model))
+    except (HeaderError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{model}: what answers there is no Hub: is HF_ENDPOINT right?") from None
+
+
+def _read_listing(info: Mapping[str, Any], model: str) -> tuple[str, dict[str, int | None]]:
+    """Commit, and files with their sizes. Both come to be parts of paths on this machine."""
+    if not re.fullmatch(r"[0-9a-f]{6,64}", info["sha"]):
+        raise ValueError(info["sha"])
+    sizes: dict[str, int | None] = {}
+    for entry in info["siblings"]:
+        name, size = entry["rfilename"], entry.get("size")
+        if reason := unsafe_name(name):
+            raise CheckpointError(f"{model}: the Hub lists a file {name[:200]!r}, which is not fetched: {reason}")
+        sizes[name] = size if type(size) is int and size >= 0 else None
+    return info["sha"], sizes
 
 
 def _from_cache(id: str, revision: str | None, model: str, why: str = "offline?") -> Pinned:

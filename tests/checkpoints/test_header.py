@@ -2,7 +2,9 @@
 
 import json
 import struct
+import tracemalloc
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from streammerge.checkpoints.header import (
     parse_header,
     tensor_nbytes,
 )
+from streammerge.checkpoints.source import LocalFile
 from streammerge.errors import HeaderError
 
 WHERE = "model m, file f.safetensors"
@@ -173,12 +176,12 @@ ONE = entry()
 MALFORMED = {  # id: (header, data, words of the message, whether the library refuses it as well)
     "not UTF-8": (b'{"\xff": 1}', b"", ["not valid JSON", "utf-8"], True),
     "not JSON": (b"{'a': 1}", b"", ["not valid JSON"], True),
-    "empty": (b"", b"", ["not valid JSON"], True),
-    "BOM": (b"\xef\xbb\xbf{}", b"", ["not valid JSON"], True),
+    "empty": (b"", b"", ["not a JSON object"], True),
+    "BOM": (b"\xef\xbb\xbf{}", b"", ["not a JSON object"], True),
     "NUL padding": (b"{}\0\0", b"", ["not valid JSON"], True),
-    "integer of 5000 digits": (b'{"a":' + b"1" * 5000 + b"}", b"", ["not valid JSON"], True),
-    "deep nesting": (b'{"a":' * 100_000, b"", ["not valid JSON", "recursion"], True),
-    "deep nesting in a shape": (b'{"a":{"shape":' + b"[" * 100_000, b"", ["not valid JSON", "recursion"], True),
+    "integer of 5000 digits": (b'{"a":' + b"1" * 5000 + b"}", b"", ["'a'", "an entry needs"], True),
+    "deep nesting": (b'{"a":' * 100_000, b"", ["'a'", "an entry needs"], True),
+    "deep nesting in a shape": (b'{"a":{"shape":' + b"[" * 100_000, b"", ["'a'", "an entry needs"], True),
     "list": ([], b"", ["not a JSON object"], True),
     "text": (b'"a"', b"", ["not a JSON object"], True),
     "null": (b"null", b"", ["not a JSON object"], True),
@@ -205,7 +208,21 @@ MALFORMED = {  # id: (header, data, words of the message, whether the library re
     "size huge": ({"a": entry(shape=[2**64])}, b"abcd", ["'a'", "bad shape"], True),
     "product huge": ({"a": entry(shape=[2**32, 2**32])}, b"", ["'a'", "bad shape"], True),
     "product huge, then zero": ({"a": entry(shape=[2**62, 2**62, 0], offsets=[0, 0])}, b"", ["'a'", "bad shape"], True),
-    "product of 300,000 digits": ({"a": entry(shape=[2**62] * 16_000)}, b"", ["'a'", "bad shape"], True),
+    "product of 300,000 digits": ({"a": entry(shape=[2**62] * 16_000)}, b"", ["'a'", "an entry needs"], True),
+    "product of 1,200 digits": ({"a": entry(shape=[2**62] * 64)}, b"", ["'a'", "bad shape"], True),
+    "65 dimensions": ({"a": entry(shape=[1] * 65)}, b"abcd", ["'a'", "65 dimensions, 64 is the most"], False),
+    "shape Infinity": (b'{"a":{"dtype":"F32","shape":[Infinity],"data_offsets":[0,4]}}', b"", ["bad shape"], True),
+    "shape 1e400": (b'{"a":{"dtype":"F32","shape":[1e400],"data_offsets":[0,4]}}', b"", ["bad shape"], True),
+    "name of 1001 characters": ({"a" * 1001: ONE}, b"abcd", ["a name of 1001 characters"], False),
+    "name unclosed": (b'{"a', b"", ["not valid JSON (character 1)"], True),
+    "name with a bare line end": (b'{"a\n":1}', b"", ["not valid JSON (character 1)"], True),
+    "no colon": (b'{"a" 1}', b"", ["not valid JSON (character 4)"], True),
+    "comma at the end": (b'{"a":%b,}' % json.dumps(ONE).encode(), b"abcd", ["not valid JSON"], True),
+    "two objects": (b"{}{}", b"", ["not valid JSON (character 2)"], True),
+    "metadata of a MB": ({"__metadata__": {"a": "b" * 1_000_000}}, b"", ["__metadata__", "at most 1000000"], False),
+    "metadata nested": ({"__metadata__": {"a": {}}}, b"", ["__metadata__"], True),
+    "metadata twice": (b'{"__metadata__":{},"__metadata__":{}}', b"", ["duplicate name '__metadata__'"], True),
+    "duplicate key in the metadata": (b'{"__metadata__":{"a":"","a":""}}', b"", ["duplicate name 'a'"], False),
     "shape and offsets disagree": ({"a": entry(shape=[2])}, b"abcd", ["'a'", "[2]", "does not fit its 4 bytes"], True),
     "packed dtype in half a byte": ({"a": entry("F4", [1], [0, 1])}, b"a", ["'a'", "does not fit its 1 bytes"], True),
     "offsets null": ({"a": entry(offsets=None)}, b"abcd", ["'a'", "bad data_offsets"], True),
@@ -292,3 +309,56 @@ def test_the_largest_header_allowed() -> None:
 def test_tensor_nbytes_refuses_half_bytes(dtype: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(HeaderError, match=f"{dtype} .* does not fill whole bytes"):
         tensor_nbytes(dtype, shape)
+
+
+def test_the_number_of_tensors_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = to_bytes({f"t{number}": entry(shape=[0], offsets=[0, 0]) for number in range(6)})
+    monkeypatch.setattr("streammerge.checkpoints.header.MAX_TENSORS", 6)
+    assert len(parse(content)) == 6
+    monkeypatch.setattr("streammerge.checkpoints.header.MAX_TENSORS", 5)
+    with pytest.raises(HeaderError, match="more than 5 tensors in one file"):
+        parse(content)
+
+
+HOSTILE = {  # headers of which a parser makes 20 to 100 bytes of objects per byte
+    "lists": b'{"a":{"shape":[' + b"[]," * 700_000 + b"1]}}",
+    "lists in place of an entry": b'{"a":[' + b"[]," * 700_000 + b"1]}",
+    "objects in an entry": b'{"a":{"shape":[' + b"{}," * 700_000 + b"1]}}",
+    "keys": b'{"a":{' + b",".join(b'"%x":0' % number for number in range(200_000)) + b"}}",
+    "metadata": b'{"__metadata__":{' + b",".join(b'"%x":""' % number for number in range(200_000)) + b"}}",
+    "numbers": b'{"a":{"shape":[' + b"9999," * 400_000 + b"1]}}",
+    "nested": b'{"a":' * 400_000,
+}
+
+
+@pytest.mark.parametrize("raw", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_header_takes_little_more_than_its_length(raw: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(HeaderError):
+            parse_header(raw, 8 + len(raw), "f", WHERE)
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(raw)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_large_header_takes_ten_times_its_length_at_most() -> None:
+    raw = json.dumps({f"{number:x}": entry(shape=[0], offsets=[0, 0]) for number in range(20_000)}).encode()
+    tracemalloc.start()
+    try:
+        assert len(parse_header(raw, 8 + len(raw), "f", WHERE)) == 20_000
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(raw)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_declared_length_reserves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(struct.pack("<Q", MAX_HEADER_BYTES) + b"{}")
+    tracemalloc.start()
+    try:
+        with pytest.raises(HeaderError, match="truncated"):
+            LocalFile(path, WHERE).header()
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()

@@ -75,8 +75,14 @@ def test_every_difference_is_named(what: str) -> None:
 
 
 def test_a_model_that_stands_alone() -> None:
-    old = {"base": {"id": "a", "revision": None, "fingerprint": "1"}, "seed": 0}
+    old = {"base": {"id": "a", "revision": None, "fingerprint": "1", "files": {}}, "seed": 0}
     assert differences(old, {**old, "base": {**old["base"], "id": "b"}}) == ["base (a -> b)"]
     assert differences(old, {**old, "base": {**old["base"], "fingerprint": "2"}}) == [
         "base a (its tensors have changed)"
     ]
+
+
+@pytest.mark.parametrize("hostile", [7, None, [7], [{}], {"a": 1}, [{**OLD["sources"][0], "files": 3}]])
+def test_sources_that_no_run_has_written(hostile: Any) -> None:
+    assert any(difference.startswith("sources") for difference in differences({**OLD, "sources": hostile}, OLD))
+    assert differences({"base": hostile}, {"base": OLD["sources"][0]})
