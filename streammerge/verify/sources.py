@@ -17,6 +17,7 @@ from streammerge._version import __version__
 from streammerge.checkpoints.checkpoint import Checkpoint, torch_dtype
 from streammerge.engine import Engine
 from streammerge.errors import CheckpointError, IncompatibleCheckpointsError, RecipeError
+from streammerge.fisher.store import check_same_base
 from streammerge.methods.api import Method, Unit
 from streammerge.plan import MergePlan, plan
 from streammerge.recipe import Recipe, make_recipe
@@ -118,7 +119,7 @@ class Comparer:
         self._output.read_into(info, start, memoryview(found))
         if found == data:
             return
-        dtype, width = torch_dtype(info.dtype), len(data) // max(len(data) // (info.nbytes // info.numel), 1)
+        dtype, width = torch_dtype(info.dtype), info.nbytes // info.numel
         bits = [torch.frombuffer(raw, dtype=torch.uint8).view(-1, width) for raw in (found, bytearray(data))]
         places = (bits[0] != bits[1]).any(1).nonzero().flatten()
         at = int(places[0])
@@ -176,6 +177,8 @@ def _require_same_sources(job: MergePlan, values: Mapping[str, Any]) -> None:
         for model, source in pairs
         if model.fingerprint() != source["fingerprint"]
     ]
+    for model, (_, record) in zip(job.of_fishers, job.fishers, strict=False):  # or none
+        check_same_base(record, model, model.fingerprint())
     if job.fishers and not fishers:
         different += _other_means(job, values)
     if different:
