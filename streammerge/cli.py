@@ -48,7 +48,10 @@ from streammerge.options import (
     Quiet,
     RecipeFile,
     Repository,
+    Sample,
+    SampleSeed,
     SaveFisher,
+    Sources,
     Threads,
     TrustRemoteCode,
     calibration_options,
@@ -63,7 +66,7 @@ from streammerge.options import (
     push_settings,
 )
 from streammerge.recipe import load_recipe, make_recipe
-from streammerge.report import block_rows, fisher_rows, plan_text, table
+from streammerge.report import block_rows, fisher_rows, plan_text, table, verified_text
 from streammerge.schema import build
 from streammerge.text import all_visible, visible
 from streammerge.units import format_size, parse_size
@@ -226,16 +229,29 @@ def push(
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="The output folder of a merge.")],
+    sources: Sources = False,
+    sample: Sample = None,
+    sample_seed: SampleSeed = None,
+    base: Base = None,
+    ft: Ft = None,
+    fisher: FisherFrom = None,
+    hub_mode: Hub = "cache",
+    max_ram: MaxRam = "256MiB",
+    threads: Threads = None,
     json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Re-hash a finished merge against its manifest; check headers, names, shapes, dtypes, finite values."""
-    result = streammerge.verify(folder, progress=not quiet)
-    shown = visible(str(folder))
-    text = f"{shown}: ok: {result['tensors']} tensors, {format_size(result['bytes'])}, every shard as it was written"
-    if not result["ok"]:
-        text = "\n".join(f"{shown}: {visible(problem)}" for problem in result["problems"])
-    _print(result if json else text)
+    """Check a finished merge: every byte, header and value against its manifest, and tensors against their sources.
+
+    Example: streammerge verify merged --sources --sample all
+    """
+    values: dict[str, Any] = {"sample": sample, "seed": sample_seed, "base": base, "models": ft, "fisher": fisher}
+    given = {key: value for key, value in values.items() if value not in (None, [])}
+    if given and not sources:
+        raise typer.BadParameter(f"--{next(iter(given)).replace('models', 'ft')} goes with it", param_hint="--sources")
+    given |= {"hub_mode": hub_mode, "max_ram": parse_size(max_ram), "threads": threads}
+    result = streammerge.verify(folder, sources=given if sources else None, progress=not quiet)
+    _print(result if json else verified_text(all_visible(result), visible(str(folder))))
     if not result["ok"]:
         raise typer.Exit(1)
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Lock
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from streammerge.checkpoints.buffers import as_bytes
-from streammerge.checkpoints.checkpoint import Checkpoint, torch_dtype
+from streammerge.checkpoints.checkpoint import Checkpoint, count_nonfinite, torch_dtype
 from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.room import DiskRoom
-from streammerge.checkpoints.writer import CheckpointWriter
-from streammerge.errors import IncompatibleCheckpointsError
+from streammerge.errors import CheckpointError, IncompatibleCheckpointsError
 from streammerge.methods.api import Method, RowBlock, TensorContext, Unit
 from streammerge.plan import MergePlan
 from streammerge.progress import progress_bar
@@ -23,24 +23,53 @@ from streammerge.stream import Input, Inputs, RowReader, batches
 from streammerge.workers import single_threaded_torch
 
 
+class Writer(Protocol):
+    """What takes the merged rows: a `CheckpointWriter`, or what compares them with one that is there."""
+
+    @property
+    def entries(self) -> Mapping[str, Any]: ...
+
+    def is_complete(self, name: str) -> bool: ...
+
+    def write(self, name: str, start: int, data: memoryview) -> None: ...
+
+    def complete(self, name: str, entry: Mapping[str, Any]) -> None: ...
+
+    def wait(self) -> None: ...
+
+
 class Engine:
     """The survey and the merge of one plan, on a few worker threads with a reader each.
 
     Args:
+        writer: takes the merged rows.
         room: lets a unit be merged once there is room on disk for what it writes; any time by default.
+        label: what is done, for the progress bar.
+        prepared: the method knowing all that a survey would tell; then there is none.
     """
 
-    def __init__(self, plan: MergePlan, writer: CheckpointWriter, progress: bool, room: DiskRoom | None = None) -> None:
-        self.plan, self.writer, self.progress = plan, writer, progress
-        self.room = room or DiskRoom(writer, None)
-        self.method: Method = plan.method
+    def __init__(
+        self,
+        plan: MergePlan,
+        writer: Writer,
+        progress: bool,
+        room: DiskRoom | None = None,
+        *,
+        label: str = "Merge",
+        prepared: Method | None = None,
+    ) -> None:
+        self.plan, self.writer, self.progress, self.label = plan, writer, progress, label
+        self.room = room
+        self.prepared = prepared
+        self.method: Method = prepared or plan.method
 
     def run(self) -> tuple[Method, dict[str, dict[str, Any]]]:
         """Merge everything; the method as it was used, and each tensor's report."""
-        surveyed = [Unit(tensor.name, (tensor,)) for tensor in self.plan.surveyed]
+        surveyed = [Unit(tensor.name, (tensor,)) for tensor in self.plan.surveyed if self.prepared is None]
         left = {u.key: [t.name for t in u.tensors if not self.writer.is_complete(t.name)] for u in self.plan.units}
         units = [unit for unit in self.plan.units if left[unit.key]]
-        self.room.expect({unit.key: left[unit.key] for unit in units})
+        if self.room is not None:
+            self.room.expect({unit.key: left[unit.key] for unit in units})
         with single_threaded_torch():
             surveys: dict[TensorContext, Any] = {}
             if surveyed:
@@ -48,10 +77,11 @@ class Engine:
                     *("Survey", surveyed, self.plan.survey_bytes, self._survey_inputs),
                     lambda reader, unit, stop: self._survey(reader, unit, surveys),
                 )
-            in_order = {unit.tensors[0]: surveys[unit.tensors[0]] for unit in surveyed}
-            records = [record for _, record in self.plan.fishers]
-            self.method = self.method.prepared(in_order, records, self.plan.calibrated)
-            self._work("Merge", units, self.plan.merge_bytes, self._merge_inputs, self._merge_in_room)
+            if self.prepared is None:
+                in_order = {unit.tensors[0]: surveys[unit.tensors[0]] for unit in surveyed}
+                records = [record for _, record in self.plan.fishers]
+                self.method = self.method.prepared(in_order, records, self.plan.calibrated)
+            self._work(self.label, units, self.plan.merge_bytes, self._merge_inputs, self._merge_in_room)
             self.writer.wait()
         return self.method, {tensor.name: self.writer.entries[tensor.name] for tensor in self.plan.contexts}
 
@@ -113,7 +143,9 @@ class Engine:
         surveys[tensor] = survey.finish(state)
 
     def _merge_in_room(self, reader: RowReader, unit: Unit, stop: Event) -> None:
-        if self.room.enter(unit.key, stop):
+        if self.room is None:
+            self._merge(reader, unit)
+        elif self.room.enter(unit.key, stop):
             self._merge(reader, unit)
             self.room.leave(unit.key)
 
@@ -122,6 +154,7 @@ class Engine:
         passes = list(self.method.passes(unit)) if action == "merge" else []
         inputs = reader.open(unit, once=not any(step.reads_rows for step in passes))
         results: dict[str, Any] = {}
+        nonfinite: Counter[str] = Counter()
         if action == "merge":
             if self.plan.calibrated is not None:
                 results["calibrated"] = {tensor.name: self.plan.calibrated.of(tensor.name) for tensor in unit.tensors}
@@ -135,18 +168,29 @@ class Engine:
             if action == "same":
                 self._require_same(block, inputs[block.tensor.name])
             merged = self.method.apply(block, results) if action == "merge" else block.stored[0]
-            self._write(block, merged)
+            nonfinite[block.tensor.name] += self._write(block, merged)
         for tensor in unit.tensors:
             if not self.writer.is_complete(tensor.name):
                 report = self.method.report(tensor, results) if action == "merge" else {}
                 facts = {"block": tensor.block, "dtype": tensor.dtype, "shape": list(tensor.shape)}
-                self.writer.complete(tensor.name, {**facts, "numel": tensor.numel, **_scalars(report)})
+                counted = {"nonfinite": nonfinite[tensor.name]} if nonfinite[tensor.name] else {}
+                entry = {**facts, "numel": tensor.numel, **_scalars(report), **counted}
+                self.writer.complete(tensor.name, entry)
 
-    def _write(self, block: RowBlock, merged: Tensor) -> None:
-        name = block.tensor.name
-        if not self.writer.is_complete(name):
-            stored = merged.to(torch_dtype(block.tensor.dtype)).contiguous()
-            self.writer.write(name, block.row * block.tensor.columns * stored.element_size(), as_bytes(stored))
+    def _write(self, block: RowBlock, merged: Tensor) -> int:
+        """Write the rows in the output's dtype; how many of the values are NaN or Inf, where these are let through."""
+        name, dtype = block.tensor.name, block.tensor.dtype
+        if self.writer.is_complete(name):
+            return 0
+        stored = merged.to(torch_dtype(dtype)).contiguous()
+        bad = count_nonfinite(stored) if stored.is_floating_point() else 0
+        if bad and not self.plan.recipe.allow_nonfinite:
+            raise CheckpointError(
+                f"tensor {name!r}: {bad} of its merged values are too large for {dtype} (NaN or Inf): take smaller "
+                "coefficients, or let them through with --allow-nonfinite"
+            )
+        self.writer.write(name, block.row * block.tensor.columns * stored.element_size(), as_bytes(stored))
+        return bad
 
     def _survey_inputs(self, unit: Unit) -> dict[str, Inputs]:
         (tensor,) = unit.tensors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -33,7 +32,7 @@ from streammerge.hub.settings import PushSettings
 from streammerge.hub.xet import transfers
 from streammerge.plan import MergePlan, plan
 from streammerge.recipe import Recipe
-from streammerge.report import manifest, resolved_recipe
+from streammerge.report import file_entry, manifest, resolved_recipe, seal
 
 
 def merge(
@@ -175,12 +174,15 @@ def _write(
 
 
 def _other_files(job: MergePlan, result: dict[str, Any], licences: list[Licence]) -> dict[str, bytes | Path]:
-    """Everything beside shards and index; completes the manifest with all names."""
+    """Everything beside shards and index; completes the manifest: all names, their SHA-256, its own."""
     files: dict[str, bytes | Path] = {name: job.base.files.path(name) for name in job.base.side_files()}
     if (plot := coefficient_plot(result)) is not None:
         files[PLOT_FILE] = plot
     result["files"] = sorted({*files, CARD_FILE, MANIFEST_FILE, *result["files"]})
-    return {**files, CARD_FILE: model_card(job, result, licences).encode(), MANIFEST_FILE: _as_json(result)}
+    files[CARD_FILE] = model_card(job, result, licences).encode()
+    beside = {**files, **index_files(job.shards)}
+    result["other_files"] = {name: file_entry(beside[name]) for name in sorted(beside)}
+    return {**files, MANIFEST_FILE: seal(result)}
 
 
 def _check_fishers(
@@ -252,7 +254,3 @@ def _sources(job: MergePlan) -> list[dict[str, Any]]:
         {"role": role, "id": model.id, "revision": model.revision, "fingerprint": model.fingerprint()}
         for role, model in models
     ]
-
-
-def _as_json(value: Any) -> bytes:
-    return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"

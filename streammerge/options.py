@@ -25,7 +25,7 @@ from streammerge.recipe import DEFAULT_METHOD, Recipe
 
 MODELS, METHOD, RESOURCES = "Models", "Parameters of the methods", "Resources"
 FISHER, CALIBRATION, DIAGNOSIS = "Fisher", "Calibration text", "Diagnosis"
-HUB = "Push to the Hub"
+HUB, SOURCES = "Push to the Hub", "Sources"
 
 
 def _described(model: type[BaseModel], key: str) -> str:
@@ -120,6 +120,18 @@ MaxShard = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Workers. (default: the processors, at most 8)", rich_help_panel=RESOURCES)
 ]
+Sources = Annotated[
+    bool,
+    typer.Option(
+        "--sources",
+        help="Also merge tensors from the inputs again and compare them, bit for bit.",
+        rich_help_panel=SOURCES,
+    ),
+]
+Sample = Annotated[
+    str | None, typer.Option(metavar="N|all", help="How many tensors. (default: 16)", rich_help_panel=SOURCES)
+]
+SampleSeed = Annotated[int | None, typer.Option(min=0, help="Which ones. (default: 0)", rich_help_panel=SOURCES)]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the inputs through.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in --out, or start anew.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

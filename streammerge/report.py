@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from streammerge._version import __version__
@@ -25,6 +29,11 @@ def resolved_recipe(plan: MergePlan) -> dict[str, Any]:
     return values
 
 
+def at_commit(reference: str, source: Mapping[str, Any]) -> str:
+    """A model as the recipe names it, at the commit it was read from if it is on the Hub."""
+    return f"{reference.partition('@')[0]}@{source['revision']}" if source.get("revision") else reference
+
+
 def manifest(
     plan: MergePlan,
     method: Method,
@@ -43,6 +52,30 @@ def manifest(
         "shards": {file: {"bytes": shards[file]["bytes"], "sha256": shards[file]["sha256"]} for file in sorted(shards)},
         "files": file_names(plan.shards),
     }
+
+
+def file_entry(content: bytes | Path) -> dict[str, Any]:
+    """What the manifest says of a file: its size and its SHA-256."""
+    if isinstance(content, bytes):
+        return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    with content.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+_SEAL = re.compile(rb'(?<=\n  "sha256": ")[0-9a-f]{64}(?="\n}\n\Z)')  # at the end of a manifest's text
+
+
+def seal(result: dict[str, Any]) -> bytes:
+    """Give the manifest its last key, the SHA-256 of all other bytes of its text; the text."""
+    text = json.dumps({**result, "sha256": 64 * "0"}, indent=2, allow_nan=False).encode() + b"\n"
+    result["sha256"] = seal_of(text)
+    return _SEAL.sub(result["sha256"].encode(), text)
+
+
+def seal_of(text: bytes) -> str:
+    """The SHA-256 of a manifest's text without the 64 digits of its seal."""
+    return hashlib.sha256(_SEAL.sub(b"", text)).hexdigest()
 
 
 def block_rows(result: Mapping[str, Any]) -> tuple[Row, list[Row]]:
@@ -151,6 +184,28 @@ def _transfers(transfers: Mapping[str, Any]) -> str:
     if transfers["by"] == "xet":
         return f"by Xet, with {format_memory(transfers['xet_bytes'])} of --max-ram"
     return f"by plain HTTP; by Xet, where it is installed, with --max-ram {transfers['ram_for_xet'] >> 20}MiB or more"
+
+
+_NAMED = 10  # tensors, of many
+
+
+def verified_text(result: Mapping[str, Any], folder: str) -> str:
+    """What `streammerge verify` prints."""
+    lines = [f"note: {note}" for note in result["notes"]]
+    if names := result["nonfinite"]:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        lines.append(f"note: {len(names)} tensor(s) hold NaN or Inf: {', '.join(names[:_NAMED])}{more}")
+    lines += [f"{folder}: {problem}" for problem in result["problems"]]
+    if result["ok"]:
+        size = format_size(result["bytes"])
+        lines.append(f"{folder}: ok: {result['tensors']} tensors, {size}, every file as it was written")
+    if sources := result.get("sources"):
+        lines += [f"note: {note}" for note in sources["notes"]]
+        count, differing = len(sources["tensors"]), len(sources["differing"])
+        came = ", their coefficients taken from the manifest" if sources["coefficients"] == "recorded" else ""
+        verdict = f"{differing} of them differ" if differing else "identical"
+        lines.append(f"{folder}: {count} tensors merged again from the sources{came}: {verdict}")
+    return "\n".join(lines)
 
 
 def _placement(fisher: Mapping[str, Any]) -> str:

@@ -260,7 +260,7 @@ def test_verify_json(merged: Merged, run: Run) -> None:
     report = json.loads(result.out)
     assert (result.code, result.err) == (0, "")
     size = sum(value.nbytes for value in tensors(out).values())
-    assert report == {"ok": True, "problems": [], "tensors": 26, "bytes": size, "nonfinite": []}
+    assert report == {"ok": True, "problems": [], "tensors": 26, "bytes": size, "nonfinite": [], "notes": []}
     (out / "LICENSE").unlink()
     result = run("verify", out, "--json")
     report = json.loads(result.out)

@@ -463,3 +463,33 @@ def test_overwrite_replaces_a_finished_merge_and_nothing_else(trio: dict[str, st
     with pytest.raises(streammerge.errors.OutputExistsError, match=r"mine\.txt"):
         streammerge.merge(recipe(trio, "linear"), out, overwrite=True)
     assert load(out).keys() == load(Path(trio["base"])).keys()
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.float16, "F16"), (torch.float8_e5m2, "F8_E5M2")])
+def test_what_the_output_cannot_hold_is_an_error_or_counted(tmp_path: Path, dtype: torch.dtype, stored: str) -> None:
+    """Finite inputs whose merge overflows: base 0, fine-tune near the largest value, coefficient 3 for two elements."""
+    largest = torch.finfo(dtype).max
+    name = "model.layers.0.mlp.up_proj.weight"
+    tuned = torch.full((8, 16), largest / 8)
+    tuned[2, 3], tuned[7, 15] = largest, -largest
+    for folder, value in (("base", torch.zeros(8, 16)), ("ft", tuned)):
+        (tmp_path / folder).mkdir()
+        save_file({name: value.to(dtype)}, tmp_path / folder / "model.safetensors", {"format": "pt"})
+        (tmp_path / folder / "config.json").write_text("{}")
+    recipe: dict[str, Any] = {
+        "base": str(tmp_path / "base"),
+        "models": [str(tmp_path / "ft")],
+        "method": "task_arithmetic",
+        "parameters": {"coefficient": 3.0},
+    }
+    with pytest.raises(CheckpointError, match=rf"'{name}': 2 of its merged values are too large for {stored}"):
+        streammerge.merge(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    result = streammerge.merge({**recipe, "allow_nonfinite": True}, tmp_path / "out")
+    assert result["tensors"][name]["nonfinite"] == 2
+    (merged,) = load(tmp_path / "out").values()
+    assert int(merged.float().isfinite().logical_not().sum()) == 2
+    assert (
+        "nonfinite"
+        not in streammerge.merge({**recipe, "parameters": {"coefficient": 1.0}}, tmp_path / "fits")["tensors"][name]
+    )

@@ -6,13 +6,14 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import INDEX, MATRIX, NORM, Run, content, tensors
+from tiny_models import INDEX, MATRIX, NORM, Models, Run, content, edit, tensors
 
 from streammerge import verify
 from streammerge.errors import CheckpointError
@@ -28,9 +29,14 @@ def out(merged: Merged) -> Path:
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest as somebody would who hides it: its own SHA-256, by the last line but one, is right again."""
     manifest = json.loads((folder / MANIFEST).read_text())
     change(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    manifest.pop("sha256", None)
+    *lines, last, end = json.dumps(manifest, indent=2).split("\n")
+    before, after = "\n".join([*lines, f"{last},", '  "sha256": "']), f'"\n{end}\n'
+    digest = hashlib.sha256((before + after).encode()).hexdigest()
+    (folder / MANIFEST).write_text(before + digest + after)
 
 
 def shard_of(folder: Path, name: str) -> Path:
@@ -47,15 +53,23 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], n
     kept = {key: file for key, file in index["weight_map"].items() if file != path.name}
     index["weight_map"] = kept | dict.fromkeys(state, path.name)
     (folder / INDEX).write_text(json.dumps(index))
-    entry = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    edit_manifest(folder, lambda manifest: manifest["shards"].update({path.name: entry}))
+    entries = {
+        file: {"bytes": len(raw := (folder / file).read_bytes()), "sha256": hashlib.sha256(raw).hexdigest()}
+        for file in (path.name, INDEX)
+    }
+
+    def correct(manifest: dict[str, Any]) -> None:
+        manifest["shards"][path.name], manifest["other_files"][INDEX] = entries.values()
+
+    edit_manifest(folder, correct)
 
 
 def test_a_fresh_merge_is_ok_and_stays_as_it_is(out: Path) -> None:
     before = content(out)
     state = tensors(out)
     size = sum(value.nbytes for value in state.values())
-    assert verify(out) == {"ok": True, "problems": [], "tensors": len(state), "bytes": size, "nonfinite": []}
+    sizes = {"tensors": len(state), "bytes": size}
+    assert verify(out) == {"ok": True, "problems": [], **sizes, "nonfinite": [], "notes": []}
     assert len(list(out.glob("*.safetensors"))) > 2
     assert content(out) == before
 
@@ -74,6 +88,51 @@ def test_a_flipped_bit_anywhere(out: Path, place: float, shard: int) -> None:
     report = verify(out)
     assert not report["ok"]
     assert f"file {path.name} differs from the SHA-256 in the manifest" in report["problems"]
+
+
+def problems_of(folder: Path) -> list[str]:
+    """What `verify` finds, a manifest that is none included."""
+    try:
+        report = verify(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    assert report["ok"] == (not report["problems"])
+    return list(report["problems"])
+
+
+def test_every_one_of_a_thousand_flipped_bits(out: Path, run: Run) -> None:
+    """In all files, the manifest and the model card included, each file as often as the others."""
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    assert {"config.json", "README.md", "LICENSE", INDEX, MANIFEST} < {path.name for path in files}
+    draw = Random(6)
+    for number in range(1000):
+        path = draw.choice(files)
+        sound = path.read_bytes()
+        bit = draw.randrange(8 * len(sound))
+        flipped = bytearray(sound)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        told = problems_of(out)
+        if number % 20 == 0:
+            result = run("verify", out, "--json", "-q")
+            assert result.code == 1
+            assert (json.loads(result.out)["problems"] == told) if result.out else told[0] in result.err
+        path.write_bytes(sound)
+        assert any(path.name in line for line in told), f"bit {bit} of {path.name}: {told}"
+    assert run("verify", out, "--json", "-q").code == 0
+
+
+def test_of_a_manifest_without_its_own_checksum_the_shards_are_checked(out: Path, run: Run) -> None:
+    """As manifests were before they had one; where only one of the two keys is gone, it is damage."""
+    values = json.loads((out / MANIFEST).read_text())
+    older = {key: value for key, value in values.items() if key not in ("sha256", "other_files")}
+    (out / MANIFEST).write_text(json.dumps(older))
+    (out / "LICENSE").write_text("another")
+    result = run("verify", out, "-q")
+    assert (result.code, "only the shards are checked" in result.out) == (0, True)
+    for key in ("sha256", "other_files"):
+        (out / MANIFEST).write_text(json.dumps({**older, key: values[key]}))
+        assert f"file {MANIFEST} differs from its own SHA-256" in verify(out)["problems"]
 
 
 def append(path: Path) -> None:
@@ -136,6 +195,23 @@ def test_non_finite_values_that_were_let_through_are_told(out: Path) -> None:
     edit_manifest(out, lambda manifest: manifest["recipe"].update(allow_nonfinite=True))
     report = verify(out)
     assert (report["ok"], report["nonfinite"]) == (True, [MATRIX])
+
+
+def test_at_most_ten_tensors_with_non_finite_values_are_named(models: Models, merged: Merged, run: Run) -> None:
+    def every(state: dict[str, torch.Tensor]) -> None:
+        for value in state.values():
+            value.view(-1)[:2] = torch.tensor([torch.nan, torch.inf])
+
+    edit(models.ft, every)
+    out = merged("nonfinite", "--allow-nonfinite")
+    names = sorted(verify(out)["nonfinite"])
+    assert names == sorted(tensors(out))
+    found = json.loads((out / MANIFEST).read_text())["tensors"]
+    assert {found[name]["nonfinite"] for name in names} == {2}
+    (line,) = [line for line in run("verify", out, "-q").out.splitlines() if line.startswith("note: ")]
+    assert line.startswith(f"note: {len(names)} tensor(s) hold NaN or Inf: ")
+    assert sum(f" {name}" in line for name in names) == 10
+    assert line.endswith(f" and {len(names) - 10} more")
 
 
 def test_every_problem_is_told(out: Path) -> None:

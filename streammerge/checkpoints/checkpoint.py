@@ -243,18 +243,21 @@ class Checkpoint:
 def require_finite(
     values: Tensor, info: TensorInfo, id: str, mend: str = "repair it, or let them through with --allow-nonfinite"
 ) -> None:
-    """Raise CheckpointError where a floating tensor (or part of it) holds NaN or Inf.
+    """Raise CheckpointError where a floating tensor (or part of it) holds NaN or Inf."""
+    if bad := count_nonfinite(values):
+        raise CheckpointError(
+            f"model {id}, file {info.file}: tensor {info.name!r} holds {bad} non-finite values (NaN or Inf); {mend}"
+        )
+
+
+def count_nonfinite(values: Tensor) -> int:
+    """How many elements are NaN or Inf.
 
     The sum is non-finite if any element is, at a fraction of the cost of a test of each; only where it is
     (a sum may also overflow) are the elements looked at.
     """
     values = values.float() if values.element_size() == 1 else values  # torch cannot sum float8
-    if not values.sum().isfinite():
-        bad = int(values.isfinite().logical_not().sum())
-        if bad:
-            raise CheckpointError(
-                f"model {id}, file {info.file}: tensor {info.name!r} holds {bad} non-finite values (NaN or Inf); {mend}"
-            )
+    return 0 if values.sum().isfinite() else int(values.isfinite().logical_not().sum())
 
 
 _BLOCK = re.compile(r"^(.*?\b(?:layers|h|blocks|layer|block))\.(\d+)\.")

@@ -47,12 +47,12 @@ def check_journal(lines: Sequence[Mapping[str, Any]], shards: Sequence[Shard], f
 def _is_ours(line: Mapping[str, Any], files: Mapping[str, set[str]], names: set[str]) -> bool:
     if "redo" in line:
         return isinstance(line["redo"], str) and line["redo"] in files
-    tensors, sums = line.get("tensors"), line.get("sums", {})
+    tensors, sums = line.get("tensors"), line.get("sums")
     if not isinstance(tensors, dict) or not all(isinstance(entry, dict) for entry in tensors.values()):
         return False
     if "file" not in line:
-        whole = isinstance(sums, dict) and all(type(value) is int for value in sums.values())
-        return whole and tensors.keys() <= names
+        summed = isinstance(sums, dict) and sums.keys() == tensors.keys()
+        return summed and all(type(value) is int for value in sums.values()) and tensors.keys() <= names
     file, size, digest = line["file"], line.get("bytes"), line.get("sha256")
     known = isinstance(file, str) and type(size) is int and isinstance(digest, str)
     return known and tensors.keys() == files.get(file)

@@ -16,7 +16,7 @@ import yaml
 from streammerge._version import __version__
 from streammerge.checkpoints.checkpoint import CARD_FILE, PLOT_FILE, Checkpoint
 from streammerge.plan import MergePlan
-from streammerge.report import block_rows
+from streammerge.report import at_commit, block_rows
 from streammerge.yaml_text import parse_yaml
 
 _MOST_CARD_BYTES, _MOST_CARD_VALUES = 1_000_000, 100_000
@@ -152,12 +152,8 @@ def _pinned(result: Mapping[str, Any]) -> dict[str, Any]:
     recipe, sources = result["recipe"], result["sources"]
     base, *experts = [source for source in sources if source["role"] != "fisher"]
     pairs = zip(recipe["models"], experts, strict=True)
-    models = [{**model, "model": _at_commit(model["model"], source)} for model, source in pairs]
-    return {**recipe, "base": _at_commit(recipe["base"], base), "models": models}
-
-
-def _at_commit(reference: str, source: Mapping[str, Any]) -> str:
-    return f"{reference.partition('@')[0]}@{source['revision']}" if source.get("revision") else reference
+    models = [{**model, "model": at_commit(model["model"], source)} for model, source in pairs]
+    return {**recipe, "base": at_commit(recipe["base"], base), "models": models}
 
 
 def _common_licence(names: Sequence[str], licences: Sequence[Licence]) -> tuple[Licence, list[str]]:

@@ -15,7 +15,8 @@ from streammerge.hub.target import UPLOADS, HubTarget, PushedFile
 from streammerge.names import stays_inside
 from streammerge.progress import progress_bar
 from streammerge.schema import build
-from streammerge.verify import read_manifest, verify
+from streammerge.verify import verify
+from streammerge.verify.manifest import read_manifest
 
 
 def push(

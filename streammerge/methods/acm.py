@@ -66,6 +66,7 @@ class AcmTa(Method):
     def __init__(self, parameters: AcmParameters, experts: Sequence[ExpertParameters], model: ModelFacts) -> None:
         super().__init__(parameters, experts, model)
         self._shares: list[dict[str, float]] = []
+        self._recalled: Mapping[str, Sequence[float]] | None = None
 
     @property
     def calibration(self) -> tuple[Measurement, ...]:
@@ -82,6 +83,11 @@ class AcmTa(Method):
             {place: shared_part(nats, self.parameters.theta) for place, nats in of_expert.items()}
             for of_expert in measured
         ]
+        return known
+
+    def recalled(self, coefficients: Mapping[str, Sequence[float]], tensors: Sequence[TensorContext]) -> Self | None:
+        known = copy.copy(self)
+        known._recalled = coefficients
         return known
 
     def apply(self, block: RowBlock, results: Results) -> Tensor:
@@ -101,6 +107,8 @@ class AcmTa(Method):
         return coefficient_rows(self.model.experts, by_block)
 
     def _coefficients(self, tensor: TensorContext) -> list[float]:
+        if self._recalled is not None:
+            return [*self._recalled[tensor.name]]
         place = place_of(tensor)
         return [
             expert.coefficient * (1 - shares.get(place, shares["embedding"]))

@@ -241,6 +241,18 @@ class Method(ABC):
         """
         return self
 
+    def recalled(self, coefficients: Mapping[str, Sequence[float]], tensors: Sequence[TensorContext]) -> Self | None:
+        """This method knowing what a merge by it reported, instead of what `prepared` is told.
+
+        Args:
+            coefficients: of each tensor that was merged, by name, one for each fine-tuned model.
+            tensors: those that have a survey.
+
+        Returns:
+            None where the coefficients are not all that is measured before the merge.
+        """
+        return None
+
     def passes(self, unit: Unit) -> Sequence[Pass]:
         """The passes over a unit, in order."""
         return ()

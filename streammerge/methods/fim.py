@@ -129,6 +129,7 @@ class FimTies(Method):
         self._by_block: list[dict[int, float]] = []
         self._by_tensor: list[dict[str, float]] = []
         self._fused: dict[str, int] = {}
+        self._recalled: Mapping[str, Sequence[float]] | None = None
 
     @property
     def needs_fisher(self) -> bool:
@@ -182,6 +183,12 @@ class FimTies(Method):
             known._by_tensor.append(by_tensor)
         return known
 
+    def recalled(self, coefficients: Mapping[str, Sequence[float]], tensors: Sequence[TensorContext]) -> Self | None:
+        known = copy.copy(self)
+        known._recalled = coefficients
+        known._fused = fused_gates(tensor for tensor in tensors if _is_block_matrix(tensor))
+        return known
+
     def passes(self, unit: Unit) -> Sequence[Pass]:
         passes: list[Pass] = []
         if self._trims(unit.tensors[0]):
@@ -223,6 +230,8 @@ class FimTies(Method):
         return [block.fisher * vector.abs() for vector in block.task_vectors]
 
     def _coefficients(self, tensor: TensorContext) -> list[float]:
+        if self._recalled is not None:
+            return [*self._recalled[tensor.name]]
         other = self.parameters.other
         if tensor.block is None:
             if other == "mean":

@@ -78,6 +78,7 @@ class Sens(Method):
     def __init__(self, parameters: SensParameters, experts: Sequence[SensExpert], model: ModelFacts) -> None:
         super().__init__(parameters, experts, model)
         self._by_block: list[dict[int, float]] = []  # K sigma of every expert
+        self._recalled: Mapping[str, Sequence[float]] | None = None
 
     @property
     def calibration(self) -> tuple[Measurement, ...]:
@@ -91,6 +92,11 @@ class Sens(Method):
         assert measured is not None  # it is what was asked for
         known = copy.copy(self)
         known._by_block = block_scales(measured, self.parameters.temperature, self.parameters.tau)[1:]
+        return known
+
+    def recalled(self, coefficients: Mapping[str, Sequence[float]], tensors: Sequence[TensorContext]) -> Self | None:
+        known = copy.copy(self)
+        known._recalled = coefficients
         return known
 
     def apply(self, block: RowBlock, results: Results) -> Tensor:
@@ -110,6 +116,8 @@ class Sens(Method):
         return coefficient_rows(self.model.experts, by_block)
 
     def _coefficients(self, tensor: TensorContext) -> list[float]:
+        if self._recalled is not None:
+            return [*self._recalled[tensor.name]]
         return [
             expert.coefficient
             * (math.fsum(scales.values()) / len(scales) if tensor.block is None else scales[tensor.block])

@@ -169,6 +169,21 @@ def test_a_branch_that_moves_meanwhile(call: Run, hub: Hub, merged: Path, tmp_pa
     assert_same(tmp_path / "out", merged)
 
 
+def test_the_sources_of_a_merge_are_those_of_its_commit(call: Run, hub: Hub, tmp_path: Path) -> None:
+    """The branch moved since; what is compared with is at the commit that was merged."""
+    commit = hub.repositories["org/base"].branches["main"]
+    spoilt = {"config.json": b"{}", "model-00002-of-00005.safetensors": b"other"}
+    hub.misbehave(Fault("moved_branch", path="/org/base/resolve/*", after=1, files=spoilt))
+    result = call(*PAIR, "-m", "ties", "--out", "out", "-q", "--hub-mode", "stream", *SHARDS)
+    assert (result.code, result.err) == (0, ""), result.err
+    assert hub.repositories["org/base"].branches["main"] != commit
+    hub.record.clear()
+    result = call("verify", "out", "--sources", "--sample", "all", "-q", "--hub-mode", "stream")
+    assert (result.code, result.err) == (0, ""), result.err
+    assert result.out.endswith("merged again from the sources: identical\n")
+    assert {e.path.split("/")[4] for e in hub.record if e.path.startswith("/org/base/resolve/")} == {commit}
+
+
 def test_a_transfer_that_fails_for_good_and_the_next_run_in_the_other_mode(
     call: Run, hub: Hub, merged: Path, tmp_path: Path
 ) -> None:
