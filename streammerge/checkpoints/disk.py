@@ -184,7 +184,7 @@ def remove_tree(folder: Path) -> None:
     if folder.is_dir():
         doomed = folder.with_name(f"{folder.name}.removed")
         _remove_tree(doomed)
-        os.replace(folder, doomed)
+        os.rename(folder, doomed)
         _remove_tree(doomed)
 
 
