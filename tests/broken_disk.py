@@ -9,7 +9,7 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 OF_FILES = ("write", "pwrite", "fsync", "fdatasync", "ftruncate", "posix_fallocate")
-OF_FOLDERS = ("replace", "unlink", "mkdir", "rmdir")
+OF_FOLDERS = ("replace", "rename", "unlink", "mkdir", "rmdir")
 WRITES = OF_FILES + OF_FOLDERS
 READS = ("read", "pread", "preadv", "stat", "scandir")
 

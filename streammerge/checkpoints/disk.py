@@ -177,11 +177,22 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder of ours with all that is in it, if it is there. Links are removed, not followed."""
+    """Remove a folder of ours with all that is in it, if it is there. Links are removed, not followed.
+
+    It first gets another name: interrupted half-way, nobody takes what is left for the whole.
+    """
+    if folder.is_dir():
+        doomed = folder.with_name(f"{folder.name}.removed")
+        _remove_tree(doomed)
+        os.rename(folder, doomed)
+        _remove_tree(doomed)
+
+
+def _remove_tree(folder: Path) -> None:
     if folder.is_dir():
         for entry in list(os.scandir(folder)):
             if entry.is_dir(follow_symlinks=False):
-                remove_tree(Path(entry.path))
+                _remove_tree(Path(entry.path))
             else:
                 remove(Path(entry.path))
         _unless_missing(os.rmdir, folder)

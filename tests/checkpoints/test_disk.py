@@ -2,6 +2,7 @@
 
 import ast
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,33 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     assert path.read_bytes() == b"old"
     disk.replace_file(path, b"new")
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"state": b"new"}
+
+
+def test_a_tree_that_is_half_removed_does_not_have_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Fisher without its weights would else be taken for a finished one."""
+    tree = tmp_path / "fisher-0"
+    real = os.unlink
+
+    def failing(left: int) -> Callable[[Path], None]:
+        calls = iter(range(left))
+
+        def unlink(path: Path) -> None:
+            if next(calls, None) is None:
+                raise OSError(5, "Input/output error")
+            real(path)
+
+        return unlink
+
+    for left in range(3, -1, -1):
+        tree.mkdir(exist_ok=True)
+        for name in "abcd":
+            (tree / name).touch()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", failing(left))
+            with pytest.raises(OSError, match="Input/output"):
+                disk.remove_tree(tree)
+        assert not tree.exists() or len(list(tree.iterdir())) == 4  # what an earlier call left goes first
+    disk.remove_tree(tree)
+    tree.mkdir()
+    disk.remove_tree(tree)
+    assert list(tmp_path.iterdir()) == []
