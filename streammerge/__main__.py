@@ -11,7 +11,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signals.take_over()
     from streammerge.cli import main as run
 
-    return run(arguments)
+    status = run(arguments)
+    signals.leave(status)
+    return status
 
 
 if __name__ == "__main__":
