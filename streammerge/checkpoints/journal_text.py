@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,35 @@ def parse_journal(raw: bytes) -> tuple[list[dict[str, Any]], int]:
     return entries, intact
 
 
-def check_journal(lines: Sequence[Mapping[str, Any]], shards: Sequence[Shard], folder: Path) -> None:
-    """Refuse a writer's journal with an intact line that no writer of these shards has written.
+def identity_of(lines: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+    """What the bytes of the unfinished run depend on, from the first line of a writer's journal.
+
+    Raises:
+        OutputExistsError: it is none, with the option that mends it.
+    """
+    identity = lines[0].get("identity", {})
+    if not isinstance(identity, dict):
+        raise _damaged(folder)
+    return identity
+
+
+def check_journal(lines: Iterable[Mapping[str, Any]], shards: Sequence[Shard], folder: Path) -> None:
+    """Refuse a writer's journal with an intact line, after the first, that no writer of these shards has written.
 
     Raises:
         OutputExistsError: with the option that mends it.
     """
     files = {shard.file: {info.name for info in shard.tensors} for shard in shards}
     names = set[str]().union(*files.values())
-    known = isinstance(lines[0].get("identity", {}), dict)
-    if not known or not all(_is_ours(line, files, names) for line in lines[1:]):
-        raise OutputExistsError(
-            f"output folder {folder} holds an unfinished run with a damaged journal: start anew with --overwrite, or "
-            "choose another --out"
-        )
+    if not all(_is_ours(line, files, names) for line in lines):
+        raise _damaged(folder)
+
+
+def _damaged(folder: Path) -> OutputExistsError:
+    return OutputExistsError(
+        f"output folder {folder} holds an unfinished run with a damaged journal: start anew with --overwrite, or "
+        "choose another --out"
+    )
 
 
 def _is_ours(line: Mapping[str, Any], files: Mapping[str, set[str]], names: set[str]) -> bool:

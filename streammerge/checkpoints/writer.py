@@ -21,7 +21,7 @@ from streammerge.checkpoints.checkpoint import INDEX_FILE, MANIFEST_FILE, SINGLE
 from streammerge.checkpoints.checksum import add, part_sum
 from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.identity import differences
-from streammerge.checkpoints.journal_text import check_journal
+from streammerge.checkpoints.journal_text import check_journal, identity_of
 from streammerge.checkpoints.layout import Shard, index_files
 from streammerge.checkpoints.output import WORK_DIR, files_of_manifest, transfer_errors
 from streammerge.checkpoints.resume import find_leftover
@@ -218,8 +218,8 @@ class CheckpointWriter:
         if not lines:
             self._journal.append({"identity": identity})
             return
-        check_journal(lines, self.shards, self.folder)
-        self._check_identity(lines[0].get("identity", {}), identity)
+        self._check_identity(identity_of(lines, self.folder), identity)
+        check_journal(lines[1:], self.shards, self.folder)
         left = find_leftover(lines[1:], self.shards, self.work, self.folder, elsewhere)
         for name in left.redo:
             self._journal.append({"redo": name})  # before the new file looks like the old one

@@ -18,7 +18,7 @@ from pathlib import Path
 from streammerge.checkpoints.checkpoint import INDEX_FILE, MANIFEST_FILE, Checkpoint
 from streammerge.checkpoints.files import Files
 from streammerge.checkpoints.header import TensorInfo, encode_header, header_length, parse_header
-from streammerge.checkpoints.journal_text import check_journal, parse_journal
+from streammerge.checkpoints.journal_text import check_journal, identity_of, parse_journal
 from streammerge.checkpoints.layout import plan_shards
 from streammerge.checkpoints.output import files_of_manifest
 from streammerge.checkpoints.resume import find_leftover
@@ -74,7 +74,8 @@ def journal(content: bytes) -> None:
         lines, intact = parse_journal(raw)
         assert intact <= len(raw)
         if lines:
-            check_journal(lines, SHARDS, Path("out"))
+            identity_of(lines, Path("out"))
+            check_journal(lines[1:], SHARDS, Path("out"))
             find_leftover(lines[1:], SHARDS, Path("/nowhere"), Path("/nowhere"), {})
 
 
