@@ -169,13 +169,23 @@ def plan_text(summary: Mapping[str, Any]) -> str:
         (
             "host memory",
             f"{format_memory(summary['peak_host_bytes'])} at the peak, "
-            f"{format_memory(summary['peak_merge_bytes'])} for the merge alone",
+            f"{format_memory(summary['peak_merge_bytes'])} for the merge alone" + _available(summary),
         ),
+        *(("disk", disk["text"] + _short(disk)) for disk in summary.get("disks", ())),
     ]
     if fisher_pass := summary["fisher_placement"]:
         rows.append(("Fisher pass", _placement(fisher_pass)))
     lines = [f"{key:14} {value}" for key, value in rows]
     return "\n".join(lines + [f"note           {note}" for note in summary["notes"]])
+
+
+def _available(summary: Mapping[str, Any]) -> str:
+    available = summary.get("available_host_bytes")
+    return "" if available is None else f"; {format_memory(available)} are available"
+
+
+def _short(disk: Mapping[str, Any]) -> str:
+    return "" if disk["free"] is None or disk["needed"] <= disk["free"] else ": NOT ENOUGH"
 
 
 _NAMED = 10  # tensors, of many
