@@ -14,6 +14,7 @@ import typer
 
 import streammerge
 from streammerge import signals
+from streammerge.checkpoints.disk_space import rooms
 from streammerge.checkpoints.layout import file_names
 from streammerge.checkpoints.locate import HUB_SCHEME
 from streammerge.checkpoints.output import check_output
@@ -21,7 +22,9 @@ from streammerge.diagnose.text import diagnose_text
 from streammerge.errors import RecipeError, StreammergeError
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FisherRecord, FisherSettings
+from streammerge.host import available_memory
 from streammerge.hub.publication import make_publication
+from streammerge.needs import hub_cache, merge_needs
 from streammerge.options import (
     Against,
     AimOmega,
@@ -41,6 +44,7 @@ from streammerge.options import (
     MaxShard,
     MaxVram,
     MethodName,
+    NoDiskCheck,
     Out,
     Overwrite,
     Plot,
@@ -102,6 +106,7 @@ def merge(
     max_shard_size: MaxShard = None,
     threads: Threads = None,
     allow_nonfinite: AllowNonfinite = False,
+    no_disk_check: NoDiskCheck = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     json: AsJson = False,
@@ -145,6 +150,8 @@ def merge(
                 check_output(out, [model.folder for model in (planned.base, *planned.experts)], overwrite)
             if push is not None:
                 push.check_weights(file_names(planned.shards))
+            where = out if out is not None or push is None else push.folder()
+            summary |= _resources(planned, where, save_fisher, keep=out is not None, overwrite=overwrite)
         _print(summary if json else plan_text(all_visible(summary)))
         return
     if out is None and not push_to_hub:
@@ -162,6 +169,7 @@ def merge(
         trust_remote_code=trust_remote_code,
         save_fisher=save_fisher,
         overwrite=overwrite,
+        check_disk=not no_disk_check,
         progress=not quiet,
     )
     _print(result if json else _merged_text(all_visible(result), out))
@@ -182,6 +190,7 @@ def fisher(
     device_map: DeviceMap = "auto",
     trust_remote_code: TrustRemoteCode = False,
     max_shard_size: MaxShard = None,
+    no_disk_check: NoDiskCheck = False,
     overwrite: Overwrite = False,
     json: AsJson = False,
     quiet: Quiet = False,
@@ -207,6 +216,7 @@ def fisher(
         trust_remote_code=trust_remote_code,
         max_shard_bytes=parse_size(max_shard_size or "5GB"),
         overwrite=overwrite,
+        check_disk=not no_disk_check,
         progress=not quiet,
     )
     _print(record.model_dump() if json else _fisher_text(record, out))
@@ -376,6 +386,22 @@ def _models(base: str | None, ft: list[str] | None, hub_base: str | None, hub_ft
     return values
 
 
+def _resources(
+    planned: streammerge.MergePlan, where: Path | None, save_fisher: Path | None, *, keep: bool, overwrite: bool
+) -> dict[str, Any]:
+    """What of disk and memory is needed and there; without an output folder, as if it were in the current one."""
+    needs = merge_needs(
+        planned,
+        where or Path("merged").absolute(),
+        downloads=hub_cache(planned),
+        save_fisher=save_fisher,
+        keep=keep or where is None,
+        overwrite=overwrite,
+    )
+    disks = [{"needed": room.missing, "free": room.free, "text": room.text()} for room in rooms(needs)]
+    return {"disks": disks, "available_host_bytes": available_memory()}
+
+
 def _mapping(values: dict[str, Any], key: str) -> dict[str, Any]:
     value = values.get(key) or {}
     if not isinstance(value, dict):
@@ -451,7 +477,7 @@ def _root(
 
 _options = [*method_options(), *fisher_options(), *calibration_options(), *push_options()]
 _register(merge, *_options)
-_register(plan, *_options, like=merge, drop="out save_fisher overwrite dry_run quiet")
+_register(plan, *_options, like=merge, drop="no_disk_check dry_run quiet")
 _register(fisher, *fisher_options(bare=True))
 _register(push, *push_options())
 _register(verify)

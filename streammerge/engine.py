@@ -16,6 +16,7 @@ from streammerge.checkpoints.checkpoint import Checkpoint, count_nonfinite, torc
 from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.room import DiskRoom
 from streammerge.errors import CheckpointError, IncompatibleCheckpointsError
+from streammerge.heap import one_heap
 from streammerge.methods.api import Method, RowBlock, TensorContext, Unit
 from streammerge.plan import MergePlan
 from streammerge.progress import progress_bar
@@ -70,6 +71,7 @@ class Engine:
         units = [unit for unit in self.plan.units if left[unit.key]]
         if self.room is not None:
             self.room.expect({unit.key: left[unit.key] for unit in units})
+        one_heap()  # a heap for every thread would set aside 64 MiB of addresses each, which a limit on them counts
         with single_threaded_torch():
             surveys: dict[TensorContext, Any] = {}
             if surveyed:

@@ -14,6 +14,7 @@ from streammerge.calibration import calibrate
 from streammerge.calibration import check as check_calibration
 from streammerge.calibration.store import text_digests
 from streammerge.checkpoints.checkpoint import CARD_FILE, MANIFEST_FILE, PLOT_FILE, Checkpoint
+from streammerge.checkpoints.disk_space import require_room
 from streammerge.checkpoints.layout import file_names, index_files
 from streammerge.checkpoints.locate import require_pinned
 from streammerge.checkpoints.output import WORK_DIR, check_output, void_with_inputs
@@ -24,12 +25,14 @@ from streammerge.fisher import fisher as measure_fisher
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FISHER_FILE, FisherRecord, check_same_base, open_fisher
 from streammerge.heap import give_back
+from streammerge.host import memory_errors, require_memory
 from streammerge.hub.card import Licence, coefficient_plot, model_card, stated_licence
 from streammerge.hub.commit import Pushed
 from streammerge.hub.publication import Publication, make_publication
 from streammerge.hub.pull import HubMode
 from streammerge.hub.settings import PushSettings
 from streammerge.hub.xet import transfers
+from streammerge.needs import hub_cache, merge_needs
 from streammerge.plan import MergePlan, plan
 from streammerge.recipe import Recipe
 from streammerge.report import file_entry, manifest, resolved_recipe, seal
@@ -49,6 +52,7 @@ def merge(
     trust_remote_code: bool = False,
     save_fisher: str | Path | None = None,
     overwrite: bool = False,
+    check_disk: bool = True,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Merge fine-tuned models into a base model and write a checkpoint that transformers loads.
@@ -71,6 +75,7 @@ def merge(
         max_vram, device_map, trust_remote_code: of a Fisher pass, see `fisher`.
         save_fisher: folder to keep a newly measured Fisher in, for other merges of the same base.
         overwrite: replace a finished merge in `out`, or start an unfinished one anew.
+        check_disk: refuse to begin where a disk says that it has no room for all that will be written.
         progress: show progress bars on standard error.
 
     Returns:
@@ -107,6 +112,7 @@ def merge(
         unmeasured = _check_fishers(job, out, save_fisher, sources, run)
         if job.method.calibration:
             check_calibration(job.models, job.recipe.calibration, run)
+        _require_resources(job, run, out, save_fisher, keep=keep, overwrite=overwrite, check_disk=check_disk)
         licences = [stated_licence(model) for model in job.models]
         inputs = [*job.models, *(fisher for fisher, _ in job.fishers)]
         identity = _identity(job, inputs, sources)
@@ -117,7 +123,7 @@ def merge(
                 stack.enter_context(push.begin(writer, keep=keep, progress=progress))
             for number, (folder, model) in enumerate(unmeasured):
                 if not _is_finished(folder):
-                    _measure(job, model, folder, run, overwrite, progress)
+                    _measure(job, model, folder, run, overwrite, check_disk, progress)
                 job.fishers.append(_left_fisher(job, model, folder, sources[number]["fingerprint"]))
                 stack.enter_context(job.fishers[-1][0])
             if job.method.calibration:
@@ -161,7 +167,10 @@ def _write(
     from streammerge.engine import Engine  # imports torch
 
     while True:
-        method, entries = Engine(job, writer, progress, push.room if push is not None else None).run()
+        with memory_errors(
+            "the merge", "give a smaller --max-ram or fewer --threads; the same command goes on where it was"
+        ):
+            method, entries = Engine(job, writer, progress, push.room if push is not None else None).run()
         for model in (*job.models, *(fisher for fisher, _ in job.fishers)):
             model.require_unchanged()  # before anything of it becomes visible
         result = manifest(job, method, sources, entries, writer.finished)
@@ -183,6 +192,32 @@ def _other_files(job: MergePlan, result: dict[str, Any], licences: list[Licence]
     beside = {**files, **index_files(job.shards)}
     result["other_files"] = {name: file_entry(beside[name]) for name in sorted(beside)}
     return {**files, MANIFEST_FILE: seal(result)}
+
+
+def _require_resources(
+    job: MergePlan,
+    run: FisherRun,
+    out: Path,
+    save_fisher: str | Path | None,
+    *,
+    keep: bool,
+    overwrite: bool,
+    check_disk: bool,
+) -> None:
+    """Refuse a merge for which there is not enough memory or disk, before the first byte is written."""
+    summary = job.summary(run)
+    passes = summary["peak_host_bytes"] > summary["peak_merge_bytes"]
+    measured = "fisher" if summary["fisher_placement"] else "calibration"
+    advice = f"take fewer or shorter texts (--{measured}-samples, --{measured}-length)" if passes else "lower --max-ram"
+    require_memory(summary["peak_host_bytes"], "this merge", advice)
+    if check_disk:
+        where = "choose another --out" if keep else "set HF_ASSETS_CACHE to a folder on another disk"
+        advice = (
+            f"{where}, or take less: --hub-mode stream downloads nothing, --push-to-hub without --out keeps two shards"
+        )
+        folder = Path(save_fisher) if save_fisher is not None else None
+        needs = merge_needs(job, out, downloads=hub_cache(job), save_fisher=folder, keep=keep, overwrite=overwrite)
+        require_room(needs, advice)
 
 
 def _check_fishers(
@@ -221,7 +256,9 @@ def _is_finished(fisher: Path) -> bool:
     return (fisher / FISHER_FILE).is_file() and not (fisher / WORK_DIR).exists()
 
 
-def _measure(job: MergePlan, model: Checkpoint, folder: Path, run: FisherRun, overwrite: bool, progress: bool) -> None:
+def _measure(
+    job: MergePlan, model: Checkpoint, folder: Path, run: FisherRun, overwrite: bool, check_disk: bool, progress: bool
+) -> None:
     measure_fisher(
         model,
         folder,
@@ -232,6 +269,7 @@ def _measure(job: MergePlan, model: Checkpoint, folder: Path, run: FisherRun, ov
         trust_remote_code=run.trust_remote_code,
         max_shard_bytes=job.recipe.max_shard_bytes,
         overwrite=overwrite,
+        check_disk=check_disk,
         progress=progress,
     )
 

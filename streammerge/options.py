@@ -117,6 +117,14 @@ MaxRam = Annotated[
 MaxShard = Annotated[
     str | None, typer.Option(help="Largest shard of the output. (default: 5GB)", rich_help_panel=RESOURCES)
 ]
+NoDiskCheck = Annotated[
+    bool,
+    typer.Option(
+        "--no-disk-check",
+        help="Begin though a disk says it has no room: one that compresses, or does not tell the truth.",
+        rich_help_panel=RESOURCES,
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Workers. (default: the processors, at most 8)", rich_help_panel=RESOURCES)
 ]

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from streammerge._version import __version__
+from streammerge.checkpoints import disk
 from streammerge.checkpoints.layout import file_names
+from streammerge.checkpoints.output import transfer_errors
 from streammerge.fisher.store import FisherRecord
 from streammerge.methods.api import Method
 from streammerge.plan import MergePlan
@@ -55,12 +57,23 @@ def manifest(
 
 
 def file_entry(content: bytes | Path) -> dict[str, Any]:
-    """What the manifest says of a file: its size and its SHA-256."""
+    """What the manifest says of a file: its size and its SHA-256.
+
+    Raises:
+        TransferError: it cannot be read.
+    """
     if isinstance(content, bytes):
         return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    with content.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+    digest, size = hashlib.sha256(), 0
+    with transfer_errors(content, "cannot be read"):
+        file = disk.open_to_read(content)
+        try:
+            while piece := disk.read_at(file, disk.PIECE, size):
+                digest.update(piece)
+                size += len(piece)
+        finally:
+            disk.close(file)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 _SEAL = re.compile(rb'(?<=\n  "sha256": ")[0-9a-f]{64}(?="\n}\n\Z)')  # at the end of a manifest's text
@@ -169,8 +182,9 @@ def plan_text(summary: Mapping[str, Any]) -> str:
         (
             "host memory",
             f"{format_memory(summary['peak_host_bytes'])} at the peak, "
-            f"{format_memory(summary['peak_merge_bytes'])} for the merge alone",
+            f"{format_memory(summary['peak_merge_bytes'])} for the merge alone" + _available(summary),
         ),
+        *(("disk", disk["text"] + _short(disk)) for disk in summary.get("disks", ())),
     ]
     if transfers := summary["transfers"]:
         rows.append(("transfers", _transfers(transfers)))
@@ -184,6 +198,15 @@ def _transfers(transfers: Mapping[str, Any]) -> str:
     if transfers["by"] == "xet":
         return f"by Xet, with {format_memory(transfers['xet_bytes'])} of --max-ram"
     return f"by plain HTTP; by Xet, where it is installed, with --max-ram {transfers['ram_for_xet'] >> 20}MiB or more"
+
+
+def _available(summary: Mapping[str, Any]) -> str:
+    available = summary.get("available_host_bytes")
+    return "" if available is None else f"; {format_memory(available)} are available"
+
+
+def _short(disk: Mapping[str, Any]) -> str:
+    return "" if disk["free"] is None or disk["needed"] <= disk["free"] else ": NOT ENOUGH"
 
 
 _NAMED = 10  # tensors, of many

@@ -117,7 +117,6 @@ USAGE: dict[str, tuple[tuple[str, ...], str]] = {
     "no value": (("--base",), "--base"),
     "no threads": (("--base", "a", "--ft", "b", "--threads", "0"), "--threads"),
     "verify without folder": (("verify",), "folder"),
-    "plan writes nothing": (("plan", "--base", "a", "--ft", "b", "--out", "c"), "--out"),
 }
 
 
@@ -186,10 +185,15 @@ def test_dry_run_is_plan_and_writes_nothing(models: Models, tmp_path: Path, run:
     pair = ("--base", models.base, "--ft", models.ft, "--ft", models.ft2, "--threads", "1")
     before = content(tmp_path)
     for more in ((), ("--json",)):
-        planned = run("plan", *pair, *more)
-        assert (planned.code, planned.err) == (0, "")
-        assert run(*pair, "--dry-run", *more) == planned
-        assert run("merge", *pair, "--dry-run", "--out", tmp_path / "out", *more) == planned
+        planned = [
+            run("plan", *pair, "--out", tmp_path / "out", *more),
+            run(*pair, "--dry-run", "--out", tmp_path / "out", *more),
+            run("merge", *pair, "--dry-run", "--out", tmp_path / "out", *more),
+        ]
+        assert {(result.code, result.err) for result in planned} == {(0, "")}
+        # what is free changes from one moment to the next
+        free = r'"(available_host_bytes|free)": \d+|[\d.]+ \w+ are (available|free)'
+        assert len({re.sub(free, "", result.out) for result in planned}) == 1
     assert content(tmp_path) == before
 
 

@@ -20,6 +20,7 @@ from streammerge.fisher.placement import (
     HEAD_TOKENS,
     IMPORT_BYTES,
     FisherRun,
+    attention_bytes,
     fisher_memory,
     streamed_bytes,
     walk_reads,
@@ -104,7 +105,9 @@ def _host_bytes(
             widest = max(widest, info.shape[-2])
     states = (2 * len(walking) + 1) * settings.samples * settings.length * hidden * width
     # Fitted on the 0.5B and 1.5B shapes: what a group of tokens goes through, and what the allocator keeps.
-    block = max(blocks.values(), default=0) + 12 * GROUP_TOKENS * widest + _SLACK
+    block = max(blocks.values(), default=0) + 12 * max(GROUP_TOKENS, settings.length) * widest + _SLACK
+    if settings.length > GROUP_TOKENS:  # below, it is in the fit
+        block += attention_bytes(base.config, settings.samples, settings.length)
     if "inputs" in measurements:
         block += 2 * len(walking) * settings.rows * max(columns.values(), default=0) * width
     head = 0

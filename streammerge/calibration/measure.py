@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +30,12 @@ from streammerge.calibration.texts import calibration_tokens
 from streammerge.checkpoints import disk
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.checkpoints.output import transfer_errors
-from streammerge.errors import MemoryBudgetError
 from streammerge.fisher.blocks import BlockModel
 from streammerge.fisher.measure import compute_dtype, find_device, token_digest
 from streammerge.fisher.phases import Phases
 from streammerge.fisher.placement import FisherRun, default_device
 from streammerge.heap import give_back, large_buffers_apart, one_heap
+from streammerge.host import memory_errors
 from streammerge.progress import progress_bar
 from streammerge.workers import Workers, single_threaded_torch
 
@@ -161,11 +161,7 @@ def _walks(
     return walks
 
 
-@contextmanager
-def _memory_errors(where: torch.device) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryBudgetError(
-            f"the calibration ran out of memory on {where}: repeat the command with --device cpu"
-        ) from error
+def _memory_errors(where: torch.device) -> AbstractContextManager[None]:
+    mend = "take fewer or shorter texts (--calibration-samples, --calibration-length)"
+    mend = mend if where.type == "cpu" else f"repeat the command with --device cpu, or {mend}"
+    return memory_errors(f"the calibration on {where}", mend)

@@ -66,8 +66,9 @@ def _is_ours(line: Mapping[str, Any], files: Mapping[str, set[str]], names: set[
     if not isinstance(tensors, dict) or not all(isinstance(entry, dict) for entry in tensors.values()):
         return False
     if "file" not in line:
-        summed = isinstance(sums, dict) and sums.keys() == tensors.keys()
-        return summed and all(type(value) is int for value in sums.values()) and tensors.keys() <= names
+        if not isinstance(sums, dict) or sums.keys() != tensors.keys():
+            return False
+        return all(type(value) is int for value in sums.values()) and tensors.keys() <= names
     file, size, digest = line["file"], line.get("bytes"), line.get("sha256")
     known = isinstance(file, str) and type(size) is int and isinstance(digest, str)
     return known and tensors.keys() == files.get(file)

@@ -18,12 +18,13 @@ from streammerge.diagnose.collapse import Collapse
 from streammerge.diagnose.nonlinearity import NonlinearityWalk, wide
 from streammerge.diagnose.numbers import mean, pearson
 from streammerge.diagnose.settings import DiagnoseSettings
-from streammerge.errors import CheckpointError, MemoryBudgetError
+from streammerge.errors import CheckpointError
 from streammerge.fisher.blocks import BlockModel
 from streammerge.fisher.measure import compute_dtype, find_device, token_digest
 from streammerge.fisher.placement import FisherRun, default_device
 from streammerge.fisher.probes import random_tokens
 from streammerge.heap import give_back, one_heap
+from streammerge.host import memory_errors
 from streammerge.progress import progress_bar
 from streammerge.workers import Workers, single_threaded_torch
 
@@ -59,14 +60,12 @@ def measure(models: Sequence[Checkpoint], settings: DiagnoseSettings, run: Fishe
             bar.update(done)
             give_back()
 
-        try:
+        mend = "take fewer or shorter sequences (--samples, --length)"
+        mend = mend if prepared.where.type == "cpu" else f"repeat the command with --device cpu, or {mend}"
+        with memory_errors(f"the diagnosis on {prepared.where}", mend):
             found = (_nonlinearity if settings.nonlinearity else _collapse)(
                 prepared.models, ids, settings, workers, advance
             )
-        except torch.OutOfMemoryError as error:
-            raise MemoryBudgetError(
-                f"the diagnosis ran out of memory on {prepared.where}: repeat the command with --device cpu"
-            ) from error
     return {
         "version": __version__,
         "settings": settings.model_dump(),

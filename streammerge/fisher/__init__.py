@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
+from streammerge.checkpoints.disk_space import Need, allocated, require_room
 from streammerge.checkpoints.locate import open_model, require_pinned
+from streammerge.checkpoints.output import WORK_DIR
 from streammerge.fisher.placement import (
     CUDA_BYTES,
     IMPORT_BYTES,
     FisherRun,
     default_device,
     expected_tokens,
+    fisher_disk,
     fisher_memory,
     streamed_bytes,
     walk_reads,
 )
 from streammerge.fisher.store import FisherRecord, FisherSettings
+from streammerge.host import require_memory
 from streammerge.hub.pull import HubMode
 from streammerge.schema import build
 
@@ -39,6 +43,7 @@ def fisher(
     trust_remote_code: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
+    check_disk: bool = True,
     progress: bool = False,
 ) -> FisherRecord:
     """Measure the diagonal Fisher of a base model on random tokens, one decoder block in memory at a time.
@@ -59,12 +64,14 @@ def fisher(
         trust_remote_code: run Python code that the model brings; a Hub model must then be pinned to a commit.
         max_shard_bytes: largest shard of the result.
         overwrite: replace an earlier Fisher in `out`, or start an unfinished one anew.
+        check_disk: refuse to begin where the disk says that it has no room for it.
         progress: show a progress bar on standard error.
 
     Raises:
         RecipeError: no such device, a device map that is none, code of a model that is not pinned.
         CheckpointError: the model cannot be walked block by block, or gives non-finite gradients.
-        MemoryBudgetError: the GPU is too small. What is done stays, for the next call.
+        MemoryBudgetError: the GPU, or this machine, is too small. What is done stays, for the next call.
+        TransferError: the disk is too small.
         OutputExistsError: `out` is not free.
 
     Reference: FIM-Merging, arXiv 2603.21705, algorithm 1, step 1.
@@ -79,6 +86,14 @@ def fisher(
             if trust_remote_code:
                 require_pinned(base)
             base = stack.enter_context(open_model(base, hub_mode, progress))
+        if (device or default_device()) == "cpu":
+            peak = IMPORT_BYTES + fisher_memory(base, settings).on_cpu
+            require_memory(peak, "this Fisher pass", "take fewer or shorter sequences (--samples, --length)")
+        if check_disk:
+            disk = fisher_disk(base, settings)
+            size = disk.result + disk.scratch
+            there = min(allocated(Path(out) / WORK_DIR), size)
+            require_room([Need("Fisher", Path(out), size, there)], "choose another --out")
         return measure(
             base, Path(out), settings, run, max_shard_bytes=max_shard_bytes, overwrite=overwrite, progress=progress
         )

@@ -21,7 +21,7 @@ from streammerge.checkpoints.layout import Shard, file_names, plan_shards
 from streammerge.checkpoints.output import check_output, void_with_inputs
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.compatibility import refuse_quantised
-from streammerge.errors import CheckpointError, MemoryBudgetError, RecipeError
+from streammerge.errors import CheckpointError, RecipeError
 from streammerge.fisher.blocks import BlockModel
 from streammerge.fisher.device_map import blocks_that_stay
 from streammerge.fisher.phases import Phases
@@ -42,6 +42,7 @@ from streammerge.fisher.store import (
 )
 from streammerge.fisher.walk import Walk
 from streammerge.heap import give_back, one_heap
+from streammerge.host import memory_errors
 from streammerge.progress import progress_bar
 from streammerge.workers import Workers, single_threaded_torch
 
@@ -134,20 +135,24 @@ def measure(
         state = WalkState(writer.work / "walk")
         reduction = FisherSquares(model, set(wanted), sink, len(ids), workers)
         walk = Walk(model, ids, reduction, state, workers, prepared.stay, advance, phases)
-        try:
-            with void_with_inputs([base], writer.discard):
-                walk.run()
-                base.require_unchanged()
-        except torch.OutOfMemoryError as error:
-            raise MemoryBudgetError(
-                f"the Fisher pass ran out of memory on {where}: repeat the command with a smaller --max-vram, and it "
-                "goes on at the block where it was; or start anew with --device cpu --overwrite"
-            ) from error
+        with (
+            memory_errors(f"the Fisher pass on {where}", _MEND[where.type != "cpu"]),
+            void_with_inputs([base], writer.discard),
+        ):
+            walk.run()
+            base.require_unchanged()
         writer.wait()
         record = _record(base, model, settings, identity, ids, walk, writer, str(where))
         content = json.dumps(record.model_dump(), indent=2).encode() + b"\n"
         writer.publish({FISHER_FILE: content})
     return record
+
+
+_MEND = {
+    True: "repeat the command with a smaller --max-vram, and it goes on at the block where it was; or start anew with "
+    "--device cpu --overwrite",
+    False: "take fewer or shorter sequences (--fisher-samples, --fisher-length)",
+}
 
 
 def _writer(

@@ -26,6 +26,7 @@ ELSEWHERE = {
     "calibration/store.py": "reads the calibration texts for their SHA-256",
     "checkpoints/files.py": "asks for the size of a small file",
     "checkpoints/output.py": "reads the manifest of what is to be replaced",
+    "checkpoints/disk_space.py": "asks how much room files take",
     "cli.py": "closes a standard output that nobody reads",
     "demo.py": "makes the folder of the demonstration",
     "diagnose/plot.py": "writes the plot of a diagnosis",
@@ -33,12 +34,16 @@ ELSEWHERE = {
     "fisher/linear.py": "asks what processor this is",
     "fisher/probes.py": "reads the user's text",
     "fisher/store.py": "reads the user's text, and fisher.json",
+    "host.py": "asks the system how much memory there is",
     "hub/card.py": "reads the licence in a model card",
     "hub/pull.py": "keeps small files of the Hub in a scratch folder",
     "hub/repository.py": "reads and writes the Hub's cache",
     "hub/target.py": "reads small files to be pushed",
+    "needs.py": "asks for the sizes of small files",
     "recipe.py": "reads the recipe",
-    "verify.py": "reads a finished checkpoint",
+    "signals.py": "writes its line to the terminal",
+    "verify/files.py": "reads a finished checkpoint",
+    "verify/manifest.py": "reads a finished checkpoint",
 }
 
 

@@ -240,3 +240,12 @@ def test_the_placement_of_a_pass(base: Checkpoint, tmp_path: Path) -> None:
     assert mapped.stay == 1
     assert mapped.bytes_to_read == expected - sizes[1], "the tokens were drawn for it"
     assert mapped.host_bytes == streamed.host_bytes + sizes[1]
+
+
+def test_attention_grows_with_the_square_of_the_length(tmp_path: Path) -> None:
+    """Scores of all heads: at 30,000 tokens they are far more than everything else."""
+    with Checkpoint.open(saved(tmp_path / "model", "qwen2")) as base:
+        heads = base.config["num_attention_heads"]
+        short, long = (fisher_memory(base, settings(samples=1, length=length)).work for length in (30_000, 60_000))
+    assert 7 * heads * 30_000**2 < short < 20 * heads * 30_000**2
+    assert 3.5 < long / short < 4.1
