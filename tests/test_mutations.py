@@ -158,13 +158,13 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
         "yaml_text.py",
         "self._count += self._sizes[id(node)]",
         "pass",
-        "fuzz/test_fuzz.py::test_the_corpus",
+        "test_yaml_text.py::test_what_is_refused",
     ),
     "tags of YAML": (
         "yaml_text.py",
         'getattr(event, "tag", None) is not None:',
         "False:",
-        "fuzz/test_fuzz.py::test_the_corpus",
+        "test_yaml_text.py::test_what_is_refused",
     ),
     "signed lines of a journal": (
         "checkpoints/journal_text.py",
