@@ -40,6 +40,7 @@ from streammerge.checkpoints.writer import CheckpointWriter
 
 Spoil = Callable[[Path], object]
 TASK_ARITHMETIC = ("--method", "task_arithmetic")
+FIM_BY_NORM = ("--method", "fim_ta", "--importance", "norm")
 
 
 def refused(run: Run, root: Path, arguments: tuple[object, ...], *words: str) -> str:
@@ -737,7 +738,8 @@ def _other_base(folder: Path) -> None:
 Guard = tuple[str, str, Any, Spoil, tuple[str, ...]]
 WITH_FISHER = ("--fisher", "{root}/fisher")
 GUARDS: dict[str, Guard] = {
-    "finite values": ("stream", "require_finite", _pass, lambda f: spoil(f, MATRIX, torch.nan), TASK_ARITHMETIC),
+    # of a tensor of which the base's is taken: a merged one is looked at again
+    "finite values": ("stream", "require_finite", _pass, lambda f: spoil(f, EMBEDDING, torch.nan), FIM_BY_NORM),
     "quantised": ("plan", "refuse_quantised", _pass, BROKEN["quantised by its config"][0], TASK_ARITHMETIC),
     "duplicates": ("checkpoints.json_text", "unique_keys", _any_dict, _duplicate_in_config, TASK_ARITHMETIC),
     "paths in an index": ("checkpoints.checkpoint", "_read_weight_map", _map, point_outside, TASK_ARITHMETIC),

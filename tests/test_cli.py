@@ -181,7 +181,13 @@ def test_notes_are_part_of_the_result(models: Models, tmp_path: Path, run: Run) 
     assert "was left out" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_dry_run_is_plan_and_writes_nothing(models: Models, tmp_path: Path, run: Run) -> None:
+def test_dry_run_is_plan_and_writes_nothing(
+    models: Models, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the output goes, `merge --dry-run` knows and `plan` does not: it takes the current folder for it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("streammerge.cli.available_memory", lambda: 1 << 33)
+    monkeypatch.setattr("streammerge.checkpoints.disk.free_bytes", lambda folder: 1 << 33)
     pair = ("--base", models.base, "--ft", models.ft, "--ft", models.ft2, "--threads", "1")
     before = content(tmp_path)
     for more in ((), ("--json",)):

@@ -176,7 +176,7 @@ def test_the_smallest_budget_that_is_named_works_and_less_does_not(models: Model
     assert "cannot hold one piece of tensor" in refused.err
     named = search(r"give at least (\d+)MiB", refused.err)
     assert named is not None
-    assert merge("less", f"{int(named[1]) - 1}MiB").err.endswith(f"give at least {named[1]}MiB\n")
+    assert int(named[1]) == 1 or merge("less", f"{int(named[1]) - 1}MiB").code == 1
     assert merge("named", f"{named[1]}MiB").code == 0
     unlimited = merge("unlimited", "256MiB")
     assert unlimited.code == 0
