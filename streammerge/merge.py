@@ -14,7 +14,7 @@ from streammerge.budget import DEFAULT_MAX_RAM
 from streammerge.calibration import calibrate
 from streammerge.calibration import check as check_calibration
 from streammerge.calibration.store import text_digests
-from streammerge.checkpoints.checkpoint import CARD_FILE, MANIFEST_FILE, Checkpoint
+from streammerge.checkpoints.checkpoint import CARD_FILE, MANIFEST_FILE, PLOT_FILE, Checkpoint
 from streammerge.checkpoints.layout import file_names, index_files
 from streammerge.checkpoints.locate import require_pinned
 from streammerge.checkpoints.output import WORK_DIR, check_output, void_with_inputs
@@ -25,7 +25,7 @@ from streammerge.fisher import fisher as measure_fisher
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FISHER_FILE, FisherRecord, check_same_base, open_fisher
 from streammerge.heap import give_back
-from streammerge.hub.card import PLOT_FILE, Licence, coefficient_plot, model_card, stated_licence
+from streammerge.hub.card import Licence, coefficient_plot, model_card, stated_licence
 from streammerge.hub.commit import Pushed
 from streammerge.hub.publication import Publication, make_publication
 from streammerge.hub.pull import HubMode

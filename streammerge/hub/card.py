@@ -5,20 +5,21 @@ from __future__ import annotations
 import io
 import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from streammerge._version import __version__
-from streammerge.checkpoints.checkpoint import CARD_FILE, Checkpoint
+from streammerge.checkpoints.checkpoint import CARD_FILE, PLOT_FILE, Checkpoint
 from streammerge.plan import MergePlan
 from streammerge.report import block_rows
+from streammerge.yaml_text import parse_yaml
 
-PLOT_FILE = "merge-coefficients.png"
-
-_MOST_CARD_BYTES = 1_000_000
+_MOST_CARD_BYTES, _MOST_CARD_VALUES = 1_000_000, 100_000
 _LONGEST_LICENCE = 100  # characters; a licence is named by a word
 
 Licence = dict[str, Any]  # the keys of a model's metadata that begin with "license"
@@ -29,16 +30,21 @@ def stated_licence(model: Checkpoint) -> Licence:
     files = model.files
     if files.folder is not None:
         path = files.folder / CARD_FILE
-        raw = path.read_bytes() if path.is_file() else b""
+        raw = _beginning(path) if path.is_file() else b""
     else:
-        raw = files.path(CARD_FILE).read_bytes() if files.has(CARD_FILE) else b""
-    opening, _, rest = raw[:_MOST_CARD_BYTES].decode("utf-8", "replace").partition("---")
+        raw = _beginning(files.path(CARD_FILE)) if files.has(CARD_FILE) else b""
+    opening, _, rest = raw.decode("utf-8", "replace").partition("---")
     block, closing, _ = rest.partition("\n---")
     try:
-        values = yaml.safe_load(block) if closing and not opening.strip() else {}
-    except (yaml.YAMLError, ValueError, RecursionError):
+        values = parse_yaml(block, _MOST_CARD_VALUES) if closing and not opening.strip() else {}
+    except ValueError:
         return {}  # somebody else's mistake, and only a card
     return {key: value for key in _LICENCE_KEYS if (value := _word(values, key))} if _word(values, "license") else {}
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_MOST_CARD_BYTES)
 
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -61,7 +67,7 @@ def model_card(plan: MergePlan, result: Mapping[str, Any], licences: Sequence[Li
     names = [plan.base.id, *(expert.id for expert in plan.experts)]
     licence, differing = _common_licence(names, licences)
     metadata = {**_origin(result), "library_name": "transformers", **licence, "tags": ["merge", "streammerge"]}
-    recipe = yaml.safe_dump(_pinned(result), sort_keys=False, allow_unicode=True, width=math.inf)
+    recipe = _recipe_block(_pinned(result))
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         f"# Merge of {' and '.join(_code(name) for name in names[1:])} into {_code(names[0])}",
@@ -69,20 +75,20 @@ def model_card(plan: MergePlan, result: Mapping[str, Any], licences: Sequence[Li
         f"{plan.method.reference}).",
         "| role | model | revision |\n|---|---|---|\n"
         + "\n".join(
-            f"| {source['role']} | {_code(source['id'])} | {source['revision'] or '-'} |"
+            f"| {source['role']} | {_code(source['id'])} | {_plain(source['revision'] or '-')} |"
             for source in result["sources"]
         ),
         *differing,
-        "## Recipe\n\nSave as `recipe.yaml` and run `streammerge merge recipe.yaml --out merged`:\n\n"
-        f"```yaml\n{recipe}```",
+        "## Recipe\n\nSave as `recipe.yaml` and run `streammerge merge recipe.yaml --out merged`:",
+        recipe,
     ]
     if result["notes"]:
         sections.append("## Notes\n\n" + "\n".join(f"- {_plain(note)}" for note in result["notes"]))
     if result["blocks"]:
         header, rows = block_rows(result)
-        lines = [" | ".join(map(str, row)) for row in (header, ["---"] * len(header), *rows)]
+        lines = [" | ".join(map(_plain, row)) for row in (header, ["---"] * len(header), *rows)]
         plot = f"![Merge coefficient of each decoder block]({PLOT_FILE})\n\n" if PLOT_FILE in result["files"] else ""
-        sections.append(f"## Blocks\n\n{plot}" + "\n".join(f"| {_plain(line, keep='|')} |" for line in lines))
+        sections.append(f"## Blocks\n\n{plot}" + "\n".join(f"| {line} |" for line in lines))
     return "\n\n".join(sections) + "\n"
 
 
@@ -171,10 +177,23 @@ def _common_licence(names: Sequence[str], licences: Sequence[Licence]) -> tuple[
     return common if all(licences) else {"license": "unknown"}, [text + "\n".join(told)]
 
 
+def _recipe_block(recipe: Mapping[str, Any]) -> str:
+    """The recipe as a block of YAML, with a fence that no text in it can close."""
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=math.inf)
+    if not all(line.isprintable() for line in text.split("\n")):  # YAML takes more for printable than is
+        text = yaml.safe_dump(recipe, sort_keys=False, width=math.inf)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}yaml\n{text}{fence}"
+
+
 def _code(text: str) -> str:
-    return f"`{_plain(text)}`"
+    return f"`{_bare(text)}`"
 
 
-def _plain(text: str, keep: str = "") -> str:
-    """Text that cannot break out of a Markdown line or cell."""
-    return "".join(c for c in text if c.isprintable() and (c not in "`<>|" or c in keep))
+def _plain(text: str) -> str:
+    """Text that cannot break out of a Markdown line or cell, nor become a link or a picture."""
+    return re.sub(r"[\[\]]", r"\\\g<0>", _bare(text))
+
+
+def _bare(text: str) -> str:
+    return "".join(c for c in text if c.isprintable() and c not in "`<>|")

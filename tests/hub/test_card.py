@@ -11,8 +11,8 @@ from hub.pushing import Merge, folder_content, pushed, recipe
 from tiny_models import MATRIX, Models, Run
 
 import streammerge
-from streammerge.checkpoints.checkpoint import Checkpoint
-from streammerge.hub.card import PLOT_FILE, coefficient_plot, model_card, stated_licence
+from streammerge.checkpoints.checkpoint import PLOT_FILE, Checkpoint
+from streammerge.hub.card import coefficient_plot, model_card, stated_licence
 from streammerge.report import manifest
 from streammerge.testing import Hub
 
@@ -66,7 +66,39 @@ def test_a_long_name_cannot_end_the_recipe(saved_models: Models, tmp_path: Path)
         result["recipe"] = {**result["recipe"], "base": evil}
         text = model_card(job, result, [{}, {}])
     fences = [line for line in text.splitlines() if line.lstrip().startswith("```")]
-    assert fences == ["```yaml", "```"]
+    assert fences == ["````yaml", "````"]
+
+
+def test_a_name_can_be_no_link_picture_or_hidden_character(saved_models: Models) -> None:
+    evil = "a\u202e[click](http://evil) ![](x)"
+    source = {"role": "base", "id": evil, "revision": "x|y`<b>"}
+    text = card(saved_models, source, LOCAL, notes=[f"note of {evil}"])
+    body = text.split("\n---\n", 1)[1]
+    notes = body.split("## Notes")[1]
+    assert "[click](" not in notes.replace("\\[", "").replace("\\]", "")
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert "| x|y" not in body and "| xyb |" in body
+
+
+def test_a_recipe_of_characters_that_are_not_printed_is_the_same_recipe(saved_models: Models) -> None:
+    for name in ("caf\u00e9 \u6f22", "a\u202eb\x1b\u2028c", "plain"):
+        with streammerge.plan({"base": str(saved_models.base), "models": [str(saved_models.ft)]}) as job:
+            result = manifest(job, job.method, [{**LOCAL, "role": "base"}, LOCAL], {}, SHARDS)
+            result["recipe"] = {**result["recipe"], "base": name}
+            text = model_card(job, result, [{}, {}])
+        block = text.split("```yaml\n")[1].split("```")[0]
+        assert all(line.isprintable() for line in block.split("\n"))
+        assert yaml.safe_load(block)["base"] == name
+        assert (name in block) == name.isprintable()
+
+
+def test_a_bar_in_a_row_of_the_blocks_is_no_cell(saved_models: Models) -> None:
+    with streammerge.plan({"base": str(saved_models.base), "models": [str(saved_models.ft)], "method": "ties"}) as job:
+        result = manifest(job, job.method, [{**LOCAL, "role": "base"}, LOCAL], {}, SHARDS)
+        result["blocks"] = [{"block": 0, "alpha": 0.5, "tensor": "a|b|c"}]
+        text = model_card(job, result, [{}, {}])
+    rows = text.split("## Blocks\n\n")[1].strip().splitlines()
+    assert {row.count("|") for row in rows} == {3}
 
 
 AGREEMENTS: dict[str, tuple[Any, dict[str, Any], str]] = {
@@ -106,6 +138,12 @@ CARDS: dict[str, tuple[str, dict[str, str]]] = {
     "too long": (f"---\nlicense: {'x' * 101}\n---\n", {}),
     "python": ("---\nlicense: !!python/object/apply:os.getcwd []\n---\n", {}),
     "deep": (f"---\nlicense: {'[' * 5000}\n---\n", {}),
+    "aliases of aliases": (
+        "---\na0: &a0 {k: v}\n"
+        + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 10))
+        + "license: mit\n---\n",
+        {},
+    ),
     "a date": ("---\nlicense: 2024-99-99\n---\n", {}),
 }
 

@@ -1,0 +1,90 @@
+"""YAML from strangers: plain values only, each key once, bounded in size, depth and number."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+_BOOL = "tag:yaml.org,2002:bool"
+_DEEPEST = 50
+_LONGEST_NUMBER = 100  # characters
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, where PyYAML would keep the last one.
+
+    Only true and false are booleans, as in YAML 1.2: `norm_tolerance: off` must stay the word.
+    What an alias stands for counts every time it is used: nine lines of nine aliases each are a billion values.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own way
+        first: [(tag, pattern) for tag, pattern in pairs if tag != _BOOL]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def __init__(self, text: str, most: int) -> None:
+        super().__init__(text)
+        self._most, self._depth, self._count = most, 0, 0
+        self._sizes: dict[int, int] = {}  # id of a node -> how many values it is
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        """The scanner is ahead of the parser, and takes time with the square of the open brackets."""
+        if self.flow_level >= _DEEPEST:
+            raise yaml.YAMLError(f"nested more than {_DEEPEST} deep")
+        super().fetch_flow_collection_start(token)
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        before = self._count
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if not isinstance(event, yaml.AliasEvent) and getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(f"the tag {event.tag!r}: plain values need none")
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise yaml.YAMLError(f"nested more than {_DEEPEST} deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._sizes:
+                raise yaml.YAMLError(f"{event.anchor!r} refers to itself")
+            self._count += self._sizes[id(node)]
+        else:
+            self._count += 1
+            self._sizes[id(node)] = self._count - before
+        if self._count > self._most:
+            raise yaml.YAMLError(f"more than {self._most} values")
+        return node
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        if len(node.value) > _LONGEST_NUMBER and node.tag.endswith((":int", ":float")):
+            raise yaml.YAMLError(f"a number of {len(node.value)} characters")
+        return super().construct_scalar(node)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.YAMLError(f"{key.value!r} is given twice")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
+def parse_yaml(text: str, most: int) -> Any:
+    """The plain values of a YAML document.
+
+    Args:
+        text: the document.
+        most: values there may be, what an alias repeats counted anew.
+
+    Raises:
+        ValueError: with the reason, in one line.
+    """
+    try:
+        return _Loader(text, most).get_single_data()
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # ValueError: a date that is none
+        raise ValueError(" ".join(str(error).split())[:200]) from None
