@@ -8,9 +8,9 @@ from streammerge.branches import branch_flaw
 
 # fmt: off
 NAMES = [
-    "main", "v1.0", "feature/x", "a@b", "caf\u00e9", "a.b/c.d", "x{", "@x", "a-", "HEAD", "@", "-x", "bad branch", "v1..x",
-    "/x", "x/", "a//b", "x.lock", "a.lock/b", ".x", "a/.b", "x.", "a./b", "x\ty", "x\x7fy", "a~b", "a^b", "a:b", "a?b",
-    "a*b", "a[b", "a\\b", "a@{b", "x.locks", "lock", "headless", "HEAD/x", "refs/pr/1",
+    "main", "v1.0", "feature/x", "a@b", "caf\u00e9", "a.b/c.d", "x{", "@x", "a-", "HEAD", "@", "-x", "bad branch",
+    "v1..x", "/x", "x/", "a//b", "x.lock", "a.lock/b", ".x", "a/.b", "x.", "a./b", "x\ty", "x\x7fy", "a~b", "a^b",
+    "a:b", "a?b", "a*b", "a[b", "a\\b", "a@{b", "x.locks", "lock", "headless", "HEAD/x", "refs/pr/1",
 ]
 # fmt: on
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 from streammerge.checkpoints.checkpoint import MANIFEST_FILE
 from streammerge.errors import CheckpointError
 from streammerge.hub.commit import Commit, LostObjectsError
+from streammerge.hub.destination import local_paths, notes_of
+from streammerge.hub.files import PushedFile
 from streammerge.hub.settings import PushSettings
-from streammerge.hub.target import UPLOADS, HubTarget, PushedFile
-from streammerge.progress import progress_bar
+from streammerge.hub.target import UPLOADS, HubTarget
+from streammerge.hub.xet import require_xet_cache
+from streammerge.progress import progress_bar, tell
 from streammerge.schema import build
 from streammerge.verify import read_manifest, verify
 
@@ -66,11 +70,16 @@ def push(
     target = HubTarget(build(PushSettings, values, "push"))
     folder = Path(folder)
     manifest = read_manifest(folder)
+    if manifest.shards:
+        require_xet_cache(target.where)
     target.check()
     target.check_weights(manifest.files)
     checked = verify(folder, progress=progress)
     if not checked["ok"]:
         raise CheckpointError(f"{folder}: {checked['problems'][0]}: nothing is pushed; merge again")
+    paths = local_paths(json.loads((folder / MANIFEST_FILE).read_bytes()))
+    for note in notes_of({**target.destination(manifest.files), "local_paths": paths}):
+        tell(note)
     parent = target.prepare()
     names = sorted({*manifest.files, MANIFEST_FILE} - manifest.shards.keys())
     files = {name: PushedFile.of(folder / name) for name in names}
