@@ -132,7 +132,7 @@ def merge(
         run = FisherRun(device, parse_size(max_vram) if max_vram else None, device_map, trust_remote_code)
         push = make_publication(push_values or None)
         if push is not None:
-            push.check(keep=out is not None)
+            push.check(keep=True)  # whether there will be an --out, nobody can tell: see its notes
         uploads = push is not None
         with streammerge.plan(job, max_ram=budget, threads=threads, hub_mode=hub_mode, uploads=uploads) as planned:
             summary = planned.summary(run)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-Destination = Mapping[str, Any]  # see `HubTarget.destination`; with "local_paths"
+Destination = Mapping[str, Any]  # see `HubTarget.destination`; with "local_paths" and "unwritable"
 
 
 def local_paths(result: Mapping[str, Any]) -> list[str]:
@@ -43,7 +43,17 @@ def notes_of(destination: Destination) -> list[str]:
         found.append(f"the push replaces {' and '.join(replaced)} of {where}")
     if paths := destination["local_paths"]:
         found.append(f"the manifest names local folders or files: {', '.join(paths)}")
+    if folder := destination["unwritable"]:
+        found.append(unwritable_text(folder))
     return found
+
+
+def unwritable_text(folder: str) -> str:
+    """What to do where a push that keeps nothing has no place to work in."""
+    return (
+        f"without --out the work is done in {folder}, which cannot be written: set HF_HOME or HF_ASSETS_CACHE to a "
+        "folder that can, or give --out"
+    )
 
 
 def destination_text(destination: Destination) -> str:

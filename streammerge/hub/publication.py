@@ -17,7 +17,7 @@ from streammerge.checkpoints.work import JOURNAL_FILE, LOCK_FILE
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.errors import OutputExistsError, TransferError
 from streammerge.hub.commit import Commit, LostObjectsError, Pushed
-from streammerge.hub.destination import Destination, local_paths, notes_of
+from streammerge.hub.destination import Destination, local_paths, notes_of, unwritable_text
 from streammerge.hub.files import PushedFile
 from streammerge.hub.ledger import LEDGER_FILE, Ledger
 from streammerge.hub.settings import PushSettings
@@ -69,10 +69,7 @@ class Publication:
             keep: the merge has an output folder.
         """
         if not keep and not is_writable(self.folder()):
-            raise TransferError(
-                f"{self.target.where}: without --out the work is done in {self.folder()}, which cannot be written: set "
-                "HF_HOME or HF_ASSETS_CACHE to a folder that can, or give --out"
-            )
+            raise TransferError(f"{self.target.where}: {unwritable_text(str(self.folder()))}")
         self.target.check()
 
     def check_merge(self, job: MergePlan, out: Path | None, *, overwrite: bool) -> Destination:
@@ -100,7 +97,8 @@ class Publication:
         models = [*job.models, *(fisher for fisher, _ in job.fishers)]
         sources = [{"id": model.id, "revision": model.revision} for model in models]
         paths = local_paths({"sources": sources, "recipe": job.recipe.model_dump()})
-        self._destination = {**self.target.destination(files), "local_paths": paths}
+        unwritable = None if out is not None or is_writable(self.folder()) else str(self.folder())
+        self._destination = {**self.target.destination(files), "unwritable": unwritable, "local_paths": paths}
         return self._destination
 
     def _refuse_finished(self, out: Path) -> None:

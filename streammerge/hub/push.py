@@ -78,7 +78,7 @@ def push(
     if not checked["ok"]:
         raise CheckpointError(f"{folder}: {checked['problems'][0]}: nothing is pushed; merge again")
     paths = local_paths(json.loads((folder / MANIFEST_FILE).read_bytes()))
-    for note in notes_of({**target.destination(manifest.files), "local_paths": paths}):
+    for note in notes_of({**target.destination(manifest.files), "unwritable": None, "local_paths": paths}):
         tell(note)
     parent = target.prepare()
     names = sorted({*manifest.files, MANIFEST_FILE} - manifest.shards.keys())
