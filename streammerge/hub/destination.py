@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Destination = Mapping[str, Any]  # see `HubTarget.destination`; with "local_paths" and "unwritable"
@@ -22,17 +23,14 @@ def local_paths(result: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(path for path in found if isinstance(path, str)))
 
 
-def short_names(paths: Iterable[str]) -> dict[str, str]:
+def short_names(paths: Sequence[str]) -> dict[str, str]:
     """The last component of each path, with a number behind it where two have the same."""
-    names: dict[str, str] = {}
-    for path in paths:
-        name = first = os.path.basename(os.path.abspath(path)) or "folder"
-        number = 1
-        while name in names.values():
-            number += 1
-            name = f"{first}-{number}"
-        names[path] = name
-    return names
+    names: dict[str, str] = {}  # by absolute path
+    for path in map(os.path.abspath, paths):
+        first = os.path.basename(path) or "folder"
+        numbered = (first if number == 1 else f"{first}-{number}" for number in itertools.count(1))
+        names.setdefault(path, next(name for name in numbered if name not in names.values()))
+    return {path: names[os.path.abspath(path)] for path in paths}
 
 
 def notes_of(destination: Destination) -> list[str]:

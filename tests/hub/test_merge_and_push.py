@@ -181,7 +181,7 @@ def test_a_branch_that_moved_between_two_runs(hub: Hub, merge: Merge, local: dic
 
 def test_a_parent_that_is_not_the_head(hub: Hub, merge: Merge) -> None:
     merge(None, "org/new")
-    with pytest.raises(TransferError, match="not at 0{40}"):
+    with pytest.raises(TransferError, match="--parent-commit asks for 0{40}"):
         merge(None, {"repository": "org/new", "parent_commit": 40 * "0"})
     with pytest.raises(TransferError, match="no such repository yet: leave out --parent-commit"):
         merge(None, {"repository": "org/other", "parent_commit": 40 * "0"})

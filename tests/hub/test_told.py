@@ -83,7 +83,8 @@ def test_paths_of_all_kinds() -> None:
     job = {"fisher_from": ["/f"], "calibration": {"text": ["/t.txt"]}, "fisher": {"probe_text": "/p.txt"}}
     assert local_paths({"sources": sources, "recipe": job}) == ["/a/b", "/f", "/t.txt", "/p.txt"]
     assert local_paths({"sources": "x", "recipe": None}) == local_paths({}) == []
-    assert short_names(["/a/ft", "/b/ft", "ft/", "/"]) == {"/a/ft": "ft", "/b/ft": "ft-2", "ft/": "ft-3", "/": "folder"}
+    names = {"/a/ft": "ft", "/b/ft": "ft-2", "/a/ft/": "ft", "ft/": "ft-3", "/": "folder"}
+    assert short_names([*names]) == names
 
 
 def test_no_room_for_the_work(
