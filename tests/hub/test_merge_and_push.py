@@ -201,7 +201,7 @@ def test_another_recipe_for_the_same_repository(hub: Hub, merge: Merge) -> None:
     hub.misbehave(Fault("status", status=400, path="*/commit/*"))
     with pytest.raises(TransferError):
         merge(None, "org/new")
-    with pytest.raises(OutputExistsError, match="unfinished run that differs in recipe.*--overwrite"):
+    with pytest.raises(OutputExistsError, match="unfinished push to org/new differs in recipe.*--overwrite"):
         merge(None, "org/new", parameters={"coefficient": 0.5})
     merge(None, "org/new", parameters={"coefficient": 0.5}, overwrite=True)
     assert len(history(hub)) == 2
