@@ -18,7 +18,7 @@ from streammerge.hub.target import UPLOADS, HubTarget
 from streammerge.hub.xet import require_xet_cache
 from streammerge.progress import progress_bar, tell
 from streammerge.schema import build
-from streammerge.verify import read_manifest, verify
+from streammerge.verify import Manifest, read_manifest, verify
 
 
 def push(
@@ -77,9 +77,7 @@ def push(
     checked = verify(folder, progress=progress)
     if not checked["ok"]:
         raise CheckpointError(f"{folder}: {checked['problems'][0]}: nothing is pushed; merge again")
-    paths = local_paths(json.loads((folder / MANIFEST_FILE).read_bytes()))
-    for note in notes_of({**target.destination(manifest.files), "unwritable": None, "local_paths": paths}):
-        tell(note)
+    _tell(target, folder, manifest)
     parent = target.prepare()
     names = sorted({*manifest.files, MANIFEST_FILE} - manifest.shards.keys())
     files = {name: PushedFile.of(folder / name) for name in names}
@@ -96,3 +94,16 @@ def push(
         except LostObjectsError as error:
             lost = error.files
     raise target.loses(lost[0])
+
+
+def _tell(target: HubTarget, folder: Path, manifest: Manifest) -> None:
+    """Say what the push replaces, unless it is this very model, and what the manifest shows of this machine."""
+    told = target.destination(manifest.files)
+    if told["replaces"]:
+        there = target.files(told["commit"])
+        shards = {name: PushedFile(None, shard.bytes, shard.sha256) for name, shard in manifest.shards.items()}
+        if all(name in there and shard.is_same(there[name]) for name, shard in shards.items()):
+            told["replaces"] = []
+    paths = local_paths(json.loads((folder / MANIFEST_FILE).read_bytes()))
+    for note in notes_of({**told, "unwritable": None, "local_paths": paths}):
+        tell(note)

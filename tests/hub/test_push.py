@@ -102,14 +102,15 @@ def test_what_the_hub_has_lost_is_uploaded_again(hub: Hub, folder: Path, local: 
 
 
 def test_the_command(
-    hub: Hub, folder: Path, local: dict[str, bytes], run: Run, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, folder: Path, local: dict[str, bytes], run: Run, saved_models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    note = f"note: the manifest names local folders or files: {saved_models.base}, {saved_models.ft}\n"
     result = run("push", folder, "org/new", "--private", "--commit-message", "Mine", "-q")
     commit = next(hub.repositories["org/new"].history()).oid
-    assert result == (0, f"pushed: {hub.url}/org/new/commit/{commit}\n", "")
+    assert result == (0, f"pushed: {hub.url}/org/new/commit/{commit}\n", note)
     assert history(hub)[0] == "Mine" and hub.repositories["org/new"].private
     again = run("push", folder, "org/new", "-q")
-    assert again == (0, f"already there, nothing to push: {hub.url}/org/new/commit/{commit}\n", "")
+    assert again == (0, f"already there, nothing to push: {hub.url}/org/new/commit/{commit}\n", note)
     options = ("--revision", "next", "--delete-patterns", "*.txt", "--delete-patterns", "notes/*", "--no-private")
     assert not json.loads(run("push", folder, "org/new", *options, "--json", "-q").out)["new"]  # it left main there
     assert pushed(hub, revision="next") == local
