@@ -15,7 +15,6 @@ import typer
 import streammerge
 from streammerge import signals
 from streammerge.checkpoints.disk_space import rooms
-from streammerge.checkpoints.layout import file_names
 from streammerge.checkpoints.locate import HUB_SCHEME
 from streammerge.checkpoints.output import check_output
 from streammerge.diagnose.text import diagnose_text
@@ -133,8 +132,8 @@ def merge(
     if not values.get("models"):
         raise typer.BadParameter("give a fine-tuned model", param_hint="--ft")
     job = make_recipe(values)
-    push_values = {**push_settings(options), **({"repository": push_to_hub} if push_to_hub else {})}
-    if push_values and not push_to_hub:
+    push_values = {**push_settings(options), **({} if push_to_hub is None else {"repository": push_to_hub})}
+    if push_values and push_to_hub is None:
         name = f"--{next(iter(push_values)).replace('_', '-')}"
         raise typer.BadParameter("goes with --push-to-hub only", param_hint=name)
     budget = parse_size(max_ram)
@@ -142,19 +141,19 @@ def merge(
         run = FisherRun(device, parse_size(max_vram) if max_vram else None, device_map, trust_remote_code)
         push = make_publication(push_values or None)
         if push is not None:
-            push.check()
+            push.check(keep=True)  # whether there will be an --out, nobody can tell: see its notes
         uploads = push is not None
         with streammerge.plan(job, max_ram=budget, threads=threads, hub_mode=hub_mode, uploads=uploads) as planned:
             summary = planned.summary(run)
+            if push is not None:
+                summary["push"] = push.check_merge(planned, out, overwrite=overwrite)
             if out is not None:
                 check_output(out, [model.folder for model in (planned.base, *planned.experts)], overwrite)
-            if push is not None:
-                push.check_weights(file_names(planned.shards))
             where = out if out is not None or push is None else push.folder()
             summary |= _resources(planned, where, save_fisher, keep=out is not None, overwrite=overwrite)
         _print(summary if json else plan_text(all_visible(summary)))
         return
-    if out is None and not push_to_hub:
+    if out is None and push_to_hub is None:
         raise typer.BadParameter("give the output folder, or --push-to-hub", param_hint="--out")
     result = streammerge.merge(
         job,

@@ -15,7 +15,7 @@ from streammerge.calibration import check as check_calibration
 from streammerge.calibration.store import text_digests
 from streammerge.checkpoints.checkpoint import CARD_FILE, MANIFEST_FILE, PLOT_FILE, Checkpoint
 from streammerge.checkpoints.disk_space import require_room
-from streammerge.checkpoints.layout import file_names, index_files
+from streammerge.checkpoints.layout import index_files
 from streammerge.checkpoints.locate import require_pinned
 from streammerge.checkpoints.output import WORK_DIR, check_output, void_with_inputs
 from streammerge.checkpoints.writer import CheckpointWriter, nothing_elsewhere
@@ -97,7 +97,7 @@ def merge(
         if push is not None:
             stack.callback(push.tidy)
             stack.callback(push.close)
-            push.check()
+            push.check(keep=keep)
         planned = plan(
             recipe, max_ram=max_ram, threads=threads, hub_mode=hub_mode, uploads=push is not None, progress=progress
         )
@@ -105,9 +105,9 @@ def merge(
         stack.enter_context(transfers(by_xet=job.xet_bytes > 0))
         if trust_remote_code:
             require_pinned(job.recipe.base)
-        check_output(out, [model.folder for model in (job.base, *job.experts)], overwrite)
         if push is not None:
-            push.check_weights(file_names(job.shards))
+            push.check_merge(job, out if keep else None, overwrite=overwrite)
+        check_output(out, [model.folder for model in (job.base, *job.experts)], overwrite)
         sources = _sources(job)
         unmeasured = _check_fishers(job, out, save_fisher, sources, run)
         if job.method.calibration:
@@ -117,7 +117,10 @@ def merge(
         inputs = [*job.models, *(fisher for fisher, _ in job.fishers)]
         identity = _identity(job, inputs, sources)
         elsewhere = push.uploaded_before if push is not None else nothing_elsewhere
-        writer = stack.enter_context(CheckpointWriter(out, job.shards, identity, fresh=overwrite, elsewhere=elsewhere))
+        label = f"push to {push.settings.where}" if push is not None and not keep else None
+        writer = stack.enter_context(
+            CheckpointWriter(out, job.shards, identity, fresh=overwrite, elsewhere=elsewhere, label=label)
+        )
         with void_with_inputs(inputs, writer.discard):
             if push is not None:
                 stack.enter_context(push.begin(writer, keep=keep, progress=progress))

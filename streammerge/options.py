@@ -215,9 +215,10 @@ def push_options() -> Iterator[inspect.Parameter]:
 
 
 def push_settings(options: dict[str, Any]) -> dict[str, Any]:
-    """The settings that were given: only `private` says something when it is False."""
+    """The settings that were given, empty texts too; a flag that was not given is False, but for `private`."""
     given = {key: options.get(key) for key in PushSettings.model_fields}
-    return {key: value for key, value in given.items() if value or (key == "private" and value is not None)}
+    given["create_pr"] = given["create_pr"] or None
+    return {key: value for key, value in given.items() if value is not None and value != []}
 
 
 def _setting_option(name: str, field: FieldInfo, panel: str, aliases: Sequence[str] = ()) -> inspect.Parameter:

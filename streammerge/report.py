@@ -15,6 +15,7 @@ from streammerge.checkpoints import disk
 from streammerge.checkpoints.layout import file_names
 from streammerge.checkpoints.output import transfer_errors
 from streammerge.fisher.store import FisherRecord
+from streammerge.hub.destination import destination_text, notes_of
 from streammerge.methods.api import Method
 from streammerge.plan import MergePlan
 from streammerge.units import format_memory, format_size
@@ -188,10 +189,13 @@ def plan_text(summary: Mapping[str, Any]) -> str:
     ]
     if transfers := summary["transfers"]:
         rows.append(("transfers", _transfers(transfers)))
+    if push := summary.get("push"):
+        rows.append(("push", destination_text(push)))
     if fisher_pass := summary["fisher_placement"]:
         rows.append(("Fisher pass", _placement(fisher_pass)))
     lines = [f"{key:14} {value}" for key, value in rows]
-    return "\n".join(lines + [f"note           {note}" for note in summary["notes"]])
+    notes = [*summary["notes"], *(notes_of(push) if push else ())]
+    return "\n".join(lines + [f"note           {note}" for note in notes])
 
 
 def _transfers(transfers: Mapping[str, Any]) -> str:

@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "no revision": (("--base", "org/base", "--ft", "org/ft@v9"), ["model org/ft@v9: the repository has no such rev"]),
     "gated": (
         ("--base", "org/base", "--ft", "org/gated"),
-        ["model org/gated: gated: ask for access on its page, then `hf auth login`"],
+        ["model org/gated: gated: ask for access on its page, as whom you are logged in"],
     ),
     "only pickled weights": (
         ("--base", "org/base", "--ft", "org/pickled"),

@@ -47,12 +47,14 @@ def open_model(reference: str, hub_mode: HubMode = "cache", progress: bool = Fal
         return Checkpoint.open(Path(name))
     if not hub_only and os.path.isfile(name):
         raise CheckpointError(f"model {name}: this is a file: give the folder it is in")
-    repository, _, revision = name.partition("@")
+    repository, at, revision = name.partition("@")
     if not _REPOSITORY.fullmatch(repository):
         kind = "Hub repository id (org/name[@revision])" if hub_only else "folder, nor a Hub repository id (org/name)"
         raise CheckpointError(f"model {name}: there is no such {kind}")
     if revision and (reason := unsafe_name(revision)):  # it becomes part of a path in the cache
         raise CheckpointError(f"model {name}: there is no such revision: {reason}")
+    if at and not revision:
+        raise CheckpointError(f"model {name}: nothing after the @: name a branch, tag or commit, or leave out the @")
     files, commit = hub_files(repository, revision or None, hub_mode, progress)
     try:
         return Checkpoint.of(files, revision=commit)

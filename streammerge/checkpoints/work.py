@@ -23,6 +23,7 @@ class WorkFolder:
     Args:
         folder: the output folder; made if it is not there.
         fresh: remove what an earlier run left.
+        label: what messages say is at work, where they are not to name the folder.
 
     Attributes:
         path: the work folder.
@@ -32,9 +33,9 @@ class WorkFolder:
         OutputExistsError: another writer, of this or of another process, holds it.
     """
 
-    def __init__(self, folder: Path, *, fresh: bool) -> None:
+    def __init__(self, folder: Path, *, fresh: bool, label: str | None = None) -> None:
         self.path = folder / WORK_DIR
-        self._lock = _locked(self.path)
+        self._lock = _locked(self.path, label)
         try:
             if fresh:
                 self._empty()
@@ -66,14 +67,14 @@ class WorkFolder:
                 disk.remove(path)
 
 
-def _locked(work: Path) -> int:
+def _locked(work: Path, label: str | None) -> int:
     """A descriptor of the folder's lock file, locked."""
     path = work / LOCK_FILE
     while True:
         disk.make_folder(work)
         fd = disk.open_to_write(path)
         try:
-            _flock(fd, work.parent)
+            _flock(fd, work.parent, label)
             with suppress(FileNotFoundError):
                 if os.path.samestat(disk.status(fd), disk.status(path)):
                     return fd
@@ -83,14 +84,13 @@ def _locked(work: Path) -> int:
         disk.close(fd)  # its owner removed it between our opening and our locking: try again
 
 
-def _flock(fd: int, folder: Path) -> None:
+def _flock(fd: int, folder: Path, label: str | None) -> None:
     if sys.platform == "win32":
         return
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        raise OutputExistsError(
-            f"output folder {folder} is being written by another process: wait for it, or choose another --out"
-        ) from error
+        told = f"output folder {folder} is being written by another process: wait for it, or choose another --out"
+        raise OutputExistsError(f"another {label} is at work: wait for it" if label else told) from error
     except OSError:  # a file system without locks
         pass

@@ -50,6 +50,7 @@ class CheckpointWriter:
         manifest: the file among those published that lists them all.
         elsewhere: given the hidden folder, file -> SHA-256 of the finished shards that are kept safe somewhere else:
             those are done even when their file is gone.
+        label: what messages call the run, where the folder is not of the user's choice.
 
     Attributes:
         entries: tensor name -> entry of every complete tensor, of this run and earlier ones.
@@ -71,9 +72,10 @@ class CheckpointWriter:
         fresh: bool = False,
         manifest: str = MANIFEST_FILE,
         elsewhere: Callable[[Path], Mapping[str, str]] = nothing_elsewhere,
+        label: str | None = None,
     ) -> None:
         self.folder, self.shards = folder, shards
-        self._manifest = manifest
+        self._manifest, self._label = manifest, label
         self.on_finished: Callable[[str], None] = lambda file: None
         self.entries: dict[str, dict[str, Any]] = {}
         self.finished: dict[str, dict[str, Any]] = {}
@@ -88,7 +90,7 @@ class CheckpointWriter:
         self._recording = Lock()  # of the journal, and of closing a file; taken before the other
         self._created = [path for path in (folder, *folder.parents) if not path.exists()]
         with transfer_errors(folder / WORK_DIR, "cannot be prepared"):
-            self._work = WorkFolder(folder, fresh=fresh)
+            self._work = WorkFolder(folder, fresh=fresh, label=label)
         self.work, self._journal = self._work.path, self._work.journal
         self._hasher = ThreadPoolExecutor(1, "streammerge-hash")
         self._hashing: list[Future[None]] = []
@@ -234,9 +236,11 @@ class CheckpointWriter:
 
     def _check_identity(self, known: dict[str, Any], identity: dict[str, Any]) -> None:
         if differing := differences(known, identity):
+            told = f"output folder {self.folder} holds an unfinished run that", ", choose another --out,"
+            what, other = (f"an unfinished {self._label}", "") if self._label else told
             raise OutputExistsError(
-                f"output folder {self.folder} holds an unfinished run that differs in {', '.join(differing)}: "
-                "repeat that command to finish it, choose another --out, or start anew with --overwrite"
+                f"{what} differs in {', '.join(differing)}: repeat that command to finish it{other} or start anew with "
+                "--overwrite"
             )
 
     def _raise_failures(self) -> None:

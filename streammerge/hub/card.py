@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ import yaml
 
 from streammerge._version import __version__
 from streammerge.checkpoints.checkpoint import CARD_FILE, PLOT_FILE, Checkpoint
+from streammerge.hub.destination import local_paths, short_names
 from streammerge.plan import MergePlan
 from streammerge.report import at_commit, block_rows
 from streammerge.yaml_text import parse_yaml
@@ -65,31 +67,53 @@ def model_card(plan: MergePlan, result: Mapping[str, Any], licences: Sequence[Li
         licences: what `stated_licence` says of the base and of each fine-tuned model.
     """
     names = [plan.base.id, *(expert.id for expert in plan.experts)]
-    licence, differing = _common_licence(names, licences)
+    local = short_names(local_paths(result))  # where they lie is nobody's business
+    shown = [_code(local.get(name, name)) for name in names]
+    licence, section = _common_licence(shown, licences)
     metadata = {**_origin(result), "library_name": "transformers", **licence, "tags": ["merge", "streammerge"]}
-    recipe = _recipe_block(_pinned(result))
+    own = "; replace the names of local folders by your own" if local else ""
     sections = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
-        f"# Merge of {' and '.join(_code(name) for name in names[1:])} into {_code(names[0])}",
+        f"# Merge of {' and '.join(shown[1:])} into {shown[0]}",
         f"Made with streammerge {__version__}, method `{plan.recipe.method}` ({plan.method.summary}; "
         f"{plan.method.reference}).",
         "| role | model | revision |\n|---|---|---|\n"
-        + "\n".join(
-            f"| {source['role']} | {_code(source['id'])} | {_plain(source['revision'] or '-')} |"
-            for source in result["sources"]
-        ),
-        *differing,
-        "## Recipe\n\nSave as `recipe.yaml` and run `streammerge merge recipe.yaml --out merged`:",
-        recipe,
+        + "\n".join(_source_row(source, local) for source in result["sources"]),
+        section,
+        f"## Recipe\n\nSave as `recipe.yaml` and run `streammerge merge recipe.yaml --out merged`{own}:",
+        _recipe_block(_renamed(_pinned(result), {os.path.abspath(path): name for path, name in local.items()})),
     ]
     if result["notes"]:
-        sections.append("## Notes\n\n" + "\n".join(f"- {_plain(note)}" for note in result["notes"]))
+        sections.append("## Notes\n\n" + "\n".join(f"- {_plain(_without_paths(n, local))}" for n in result["notes"]))
     if result["blocks"]:
         header, rows = block_rows(result)
+        rows = [[_without_paths(cell, local) for cell in row] for row in rows]
         lines = [" | ".join(map(_plain, row)) for row in (header, ["---"] * len(header), *rows)]
         plot = f"![Merge coefficient of each decoder block]({PLOT_FILE})\n\n" if PLOT_FILE in result["files"] else ""
         sections.append(f"## Blocks\n\n{plot}" + "\n".join(f"| {line} |" for line in lines))
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def _source_row(source: Mapping[str, Any], local: Mapping[str, str]) -> str:
+    name = _code(local.get(source["id"], source["id"])) + ("" if source["revision"] else " (local folder)")
+    return f"| {source['role']} | {name} | {_plain(source['revision'] or '-')} |"
+
+
+def _without_paths(text: str, local: Mapping[str, str]) -> str:
+    """The text with the name of each path in it instead of the path, longer paths first."""
+    for path in sorted(local, key=len, reverse=True):
+        if "/" in path or "\\" in path:
+            text = text.replace(path, local[path])
+    return text
+
+
+def _renamed(value: Any, local: Mapping[str, str]) -> Any:
+    """A recipe with the name of each path instead of the path, however it is written; `local` has absolute ones."""
+    if isinstance(value, Mapping):
+        return {key: _renamed(item, local) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_renamed(item, local) for item in value]
+    return local.get(os.path.abspath(value), value) if isinstance(value, str) and value else value
 
 
 def coefficient_plot(result: Mapping[str, Any]) -> bytes | None:
@@ -144,7 +168,7 @@ def _drawable(name: str | None) -> str:
 def _origin(result: Mapping[str, Any]) -> dict[str, Any]:
     """The models that the Hub knows."""
     ids = [source["id"] for source in result["sources"] if source["revision"] and source["role"] != "fisher"]
-    return {"base_model": ids, "base_model_relation": "merge"} if ids else {}
+    return {"base_model": list(dict.fromkeys(ids)), "base_model_relation": "merge"} if ids else {}
 
 
 def _pinned(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,21 +180,25 @@ def _pinned(result: Mapping[str, Any]) -> dict[str, Any]:
     return {**recipe, "base": at_commit(recipe["base"], base), "models": models}
 
 
-def _common_licence(names: Sequence[str], licences: Sequence[Licence]) -> tuple[Licence, list[str]]:
-    """The metadata and, where the models do not agree, the section that says so."""
+def _common_licence(names: Sequence[str], licences: Sequence[Licence]) -> tuple[Licence, str]:
+    """The metadata and, where the models do not agree or state nothing, the section that says so."""
     stated = [licence for licence in licences if licence]
     if not stated:
-        return {}, []
+        return {}, "## Licence\n\nNone of the models states a licence."
     if all(licence == licences[0] for licence in licences):
-        return dict(licences[0]), []
+        return dict(licences[0]), ""
     words = [licence.get("license_name") or licence["license"] for licence in stated]
-    told = [
-        f"- {_code(name)}: {_code(licence.get('license_name') or licence['license']) if licence else 'states none'}"
-        for name, licence in zip(names, licences, strict=True)
-    ]
+    told = [f"- {name}: {_told(licence)}" for name, licence in zip(names, licences, strict=True)]
     text = "## Licence\n\nThe models' licences differ, and what may be done with this merge depends on all of them:\n\n"
     common = {"license": "other", "license_name": "-and-".join(dict.fromkeys(words))}
-    return common if all(licences) else {"license": "unknown"}, [text + "\n".join(told)]
+    return common if all(licences) else {"license": "unknown"}, text + "\n".join(told)
+
+
+def _told(licence: Licence) -> str:
+    if not licence:
+        return "states none"
+    link = f", see {_code(licence['license_link'])}" if "license_link" in licence else ""
+    return _code(licence.get("license_name") or licence["license"]) + link
 
 
 def _recipe_block(recipe: Mapping[str, Any]) -> str:

@@ -8,9 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from streammerge.errors import TransferError
-from streammerge.hub.operations import file_operation, is_ignored, missing_objects, uploaded_operation
-from streammerge.hub.refusals import ATTEMPTS, is_transient, refusal, status_of, waiting_time
-from streammerge.hub.target import HubTarget, PushedFile
+from streammerge.hub.files import PushedFile
+from streammerge.hub.operations import (
+    card_warnings_told,
+    file_operation,
+    is_ignored,
+    missing_objects,
+    uploaded_operation,
+)
+from streammerge.hub.refusals import ATTEMPTS, is_transient, status_of, waiting_time
+from streammerge.hub.target import HubTarget
 
 _CONFLICT = (409, 412)
 
@@ -127,7 +134,8 @@ class Commit:
             CommitOperationDelete(path, is_folder=False) for path in target.doomed(there) if path not in self._files
         ]
         options |= {"commit_message": self._message, "parent_commit": parent}
-        info = target.once("create_commit", operations=[*deleting, *adding], **options)
+        with card_warnings_told():
+            info = target.once("create_commit", operations=[*deleting, *adding], **options)
         return Pushed(info.pr_url or info.commit_url, info.oid, info.pr_revision, True)
 
     def _operation(self, name: str, file: PushedFile) -> Any:
@@ -145,7 +153,7 @@ class Commit:
             raise LostObjectsError(lost)
 
     def _refusal(self, error: Exception) -> TransferError:
-        return refusal(self._target.where, "the commit", error)
+        return self._target.refusal("the commit", error)
 
     def _url(self, kind: str, name: str) -> str:
         return f"{self._target.api.endpoint}/{self._target.settings.repository}/{kind}/{name}"

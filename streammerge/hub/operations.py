@@ -7,10 +7,13 @@ the SHA-256, in the state the client would have left it in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from streammerge.progress import tell
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -72,6 +75,23 @@ def without_bars() -> AbstractContextManager[object]:
     if HF_HUB_DISABLE_PROGRESS_BARS is False:  # the user insists
         return nullcontext()
     return disable_progress_bars()
+
+
+@contextmanager
+def card_warnings_told() -> Iterator[None]:
+    """Have what the Hub says of the card's metadata told as a note, which the client would as a raw warning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", _ABOUT_CARD, UserWarning)
+        yield
+    for warning in caught:
+        text = str(warning.message)
+        if text.startswith(_ABOUT_CARD):
+            tell(f"the Hub says of the card's metadata: {' '.join(text.removeprefix(_ABOUT_CARD).strip(': ').split())}")
+        else:
+            warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+_ABOUT_CARD = "Warnings while validating metadata in README.md"
 
 
 def limit_waiting(seconds: Sequence[float]) -> None:

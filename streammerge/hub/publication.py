@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from streammerge.checkpoints import disk
+from streammerge.checkpoints.checkpoint import MANIFEST_FILE
+from streammerge.checkpoints.layout import file_names
+from streammerge.checkpoints.output import WORK_DIR, files_of_manifest
 from streammerge.checkpoints.room import DiskRoom
+from streammerge.checkpoints.work import JOURNAL_FILE, LOCK_FILE
 from streammerge.checkpoints.writer import CheckpointWriter
+from streammerge.errors import OutputExistsError, TransferError
 from streammerge.hub.commit import Commit, LostObjectsError, Pushed
-from streammerge.hub.ledger import Ledger
+from streammerge.hub.destination import Destination, local_paths, notes_of, unwritable_text
+from streammerge.hub.files import PushedFile
+from streammerge.hub.ledger import LEDGER_FILE, Ledger
 from streammerge.hub.settings import PushSettings
-from streammerge.hub.target import UPLOADS, HubTarget, PushedFile
+from streammerge.hub.target import UPLOADS, HubTarget
 from streammerge.hub.uploads import Uploads
+from streammerge.hub.xet import is_writable, require_xet_cache
+from streammerge.plan import MergePlan
+from streammerge.progress import tell
 from streammerge.schema import build
+
+_NOTHING_DONE = {LOCK_FILE, JOURNAL_FILE, LEDGER_FILE}  # in a work folder
 
 
 class Publication:
     """Uploads a merge's shards while it runs, and commits them with the other files at its end.
 
-    In order: `check`, `check_weights`, `uploaded_before`, `begin`, `commit`.
+    In order: `check`, `check_merge`, `uploaded_before`, `begin`, `commit`.
     """
 
     def __init__(self, settings: PushSettings) -> None:
         self.settings, self.target = settings, HubTarget(settings)
         self._ledger: Ledger | None = None
+        self._destination: Destination = {}
         self._rounds = 0
 
     def folder(self) -> Path:
@@ -49,13 +62,51 @@ class Publication:
             for folder in (self.folder(), *self.folder().parents[:2]):
                 disk.remove_folder(folder)
 
-    def check(self) -> None:
-        """Everything that can be found out about the target before anything is read."""
+    def check(self, *, keep: bool) -> None:
+        """Everything that can be found out about the target before anything is read.
+
+        Args:
+            keep: the merge has an output folder.
+        """
+        if not keep and not is_writable(self.folder()):
+            raise TransferError(f"{self.target.where}: {unwritable_text(str(self.folder()))}")
         self.target.check()
 
-    def check_weights(self, files: Iterable[str]) -> None:
-        """Whether the model's weight files may come beside what is there."""
+    def check_merge(self, job: MergePlan, out: Path | None, *, overwrite: bool) -> Destination:
+        """Whether this merge may go there.
+
+        Args:
+            out: the output folder, where the merge has one.
+            overwrite: replace what is in it.
+
+        Returns:
+            Where it goes; told as notes when the push begins.
+        """
+        where, files = self.target.where, file_names(job.shards)
+        references = [job.recipe.base, *(spec.model for spec in job.recipe.models)]
+        self.target.check_inputs(
+            (model.id, reference.partition("@")[2] or None, model.revision)
+            for reference, model in zip(references, job.models, strict=True)
+            if model.revision is not None
+        )
         self.target.check_weights(files)
+        if job.xet_bytes:
+            require_xet_cache(where)
+        if out is not None and not overwrite:
+            self._refuse_finished(out)
+        models = [*job.models, *(fisher for fisher, _ in job.fishers)]
+        sources = [{"id": model.id, "revision": model.revision} for model in models]
+        paths = local_paths({"sources": sources, "recipe": job.recipe.model_dump()})
+        unwritable = None if out is not None or is_writable(self.folder()) else str(self.folder())
+        self._destination = {**self.target.destination(files), "unwritable": unwritable, "local_paths": paths}
+        return self._destination
+
+    def _refuse_finished(self, out: Path) -> None:
+        if files_of_manifest(out, MANIFEST_FILE) and not (out / WORK_DIR).exists():
+            raise OutputExistsError(
+                f"output folder {out} holds a finished merge: push it with `streammerge push {out} "
+                f"{self.settings.repository}`, replace it with --overwrite, or choose another --out"
+            )
 
     def uploaded_before(self, work: Path) -> Mapping[str, str]:
         """Open the ledger in the writer's work folder: the shards that the Hub has, with their SHA-256."""
@@ -79,11 +130,18 @@ class Publication:
         Raises:
             TransferError: the branch moved since an earlier run began this push.
         """
-        head = self.target.prepare()
-        if not self._opened.begun or self.settings.parent_commit is not None:
-            self._opened.begin(head)
-        elif head != self._opened.head and not self._opened.committing and not self.settings.create_pr:
-            raise self.target.moved(self._opened.head, head)
+        for note in notes_of(self._destination):
+            tell(note)
+        try:
+            head = self.target.prepare()
+            if not self._opened.begun or self.settings.parent_commit is not None:
+                self._opened.begin(head)
+            elif head != self._opened.head and not self._opened.committing and not self.settings.create_pr:
+                raise self.target.moved(self._opened.head, head)
+        except TransferError:
+            if {path.name for path in writer.work.iterdir()} <= _NOTHING_DONE and not self._opened.uploaded:
+                writer.discard()
+            raise
         self._uploads = Uploads(self.target, self._opened, writer, keep=keep, progress=progress)
         return self._uploads
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 from streammerge.checkpoints.checkpoint import MANIFEST_FILE
 from streammerge.errors import CheckpointError
 from streammerge.hub.commit import Commit, LostObjectsError
+from streammerge.hub.destination import local_paths, notes_of
+from streammerge.hub.files import PushedFile
 from streammerge.hub.settings import PushSettings
-from streammerge.hub.target import UPLOADS, HubTarget, PushedFile
+from streammerge.hub.target import UPLOADS, HubTarget
+from streammerge.hub.xet import require_xet_cache
 from streammerge.names import stays_inside
-from streammerge.progress import progress_bar
+from streammerge.progress import progress_bar, tell
 from streammerge.schema import build
 from streammerge.verify import verify
-from streammerge.verify.manifest import read_manifest
+from streammerge.verify.manifest import Manifest, read_manifest
 
 
 def push(
@@ -71,11 +75,14 @@ def push(
     for name in (MANIFEST_FILE, *manifest.files, *manifest.shards):
         if not stays_inside(folder, name):
             raise CheckpointError(f"{folder}, file {name}: a link to a file outside of the folder, which is not pushed")
+    if manifest.shards:
+        require_xet_cache(target.where)
     target.check()
     target.check_weights(manifest.files)
     checked = verify(folder, progress=progress)
     if not checked["ok"]:
         raise CheckpointError(f"{folder}: {checked['problems'][0]}: nothing is pushed; merge again")
+    _tell(target, folder, manifest)
     parent = target.prepare()
     names = sorted({*manifest.files, MANIFEST_FILE} - manifest.shards.keys())
     files = {name: PushedFile.of(folder / name) for name in names}
@@ -92,3 +99,16 @@ def push(
         except LostObjectsError as error:
             lost = error.files
     raise target.loses(lost[0])
+
+
+def _tell(target: HubTarget, folder: Path, manifest: Manifest) -> None:
+    """Say what the push replaces, unless it is this very model, and what the manifest shows of this machine."""
+    told = target.destination(manifest.files)
+    if told["replaces"]:
+        there = target.files(told["commit"])
+        shards = {name: PushedFile(None, shard.bytes, shard.sha256) for name, shard in manifest.shards.items()}
+        if all(name in there and shard.is_same(there[name]) for name, shard in shards.items()):
+            told["replaces"] = []
+    paths = local_paths(json.loads((folder / MANIFEST_FILE).read_bytes()))
+    for note in notes_of({**told, "unwritable": None, "local_paths": paths}):
+        tell(note)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from streammerge.errors import TransferError
+from streammerge.hub.login import FLAWED_TOKEN, is_token_flawed, refused_token
+from streammerge.hub.tries import NO_ADDRESS
 
 ATTEMPTS = 5
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 16.0  # seconds before another attempt
@@ -36,7 +38,7 @@ def is_transient(error: BaseException) -> bool:
     import httpx2
 
     if isinstance(error, httpx2.TransportError):
-        return True
+        return not isinstance(error, (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError))
     return status_of(error) in _TRANSIENT
 
 
@@ -55,9 +57,15 @@ def status_of(error: BaseException) -> int | None:
     return None if response is None else int(response.status_code)
 
 
-def refusal(where: str, doing: str, error: BaseException) -> TransferError:
-    """One line: the repository and the file (`where`), what was being done, what the Hub said, what to do."""
+def refusal(where: str, doing: str, error: BaseException, *, propose: bool = False) -> TransferError:
+    """One line: the repository and the file (`where`), what was being done, what the Hub said, what to do.
+
+    Args:
+        propose: whether a pull request would be a way around a missing right.
+    """
+    import httpx2
     from huggingface_hub.errors import (
+        HFValidationError,
         LocalTokenNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -66,6 +74,10 @@ def refusal(where: str, doing: str, error: BaseException) -> TransferError:
 
     stored = isinstance(error, RuntimeError) and error.__cause__ is not None  # the client's wrapping of an upload's
     error = error.__cause__ or error if stored else error
+    if is_token_flawed():  # before anything is shown of what stumbled over it
+        return TransferError(f"{where}: {FLAWED_TOKEN}")
+    if isinstance(error, (httpx2.UnsupportedProtocol, httpx2.InvalidURL)):
+        return TransferError(f"{where}: {NO_ADDRESS}")
     if isinstance(error, LocalTokenNotFoundError):
         return TransferError(f"{where}: not logged in to the Hub: run `hf auth login`, or set HF_TOKEN")
     if isinstance(error, OfflineModeIsEnabled):
@@ -79,15 +91,18 @@ def refusal(where: str, doing: str, error: BaseException) -> TransferError:
         )
     status, said = status_of(error), _words(error)
     if status == 401 and not stored:
-        return TransferError(f"{where}: the Hub does not accept the token{said}: log in again with `hf auth login`")
+        return TransferError(f"{where}: {refused_token(said)}")
     if status == 403 and not stored:
-        return TransferError(
-            f"{where}: {doing}: no right to{said}: use a token that may write there, or propose it with --create-pr"
-        )
+        other = ", or propose the model with --create-pr" if propose else ""
+        return TransferError(f"{where}: {doing}: not allowed{said}: use a token that may write there{other}")
     if status is not None:
-        advice = "; the same command goes on where it was" if status in _TRANSIENT else ""
+        advice = _AGAIN if status in _TRANSIENT else ""
         return TransferError(f"{where}: {doing}: the {'storage' if stored else 'Hub'} answers {status}{said}{advice}")
-    return TransferError(f"{where}: {doing}: {type(error).__name__}{said}; the same command goes on where it was")
+    advice = "" if isinstance(error, HFValidationError) else _AGAIN
+    return TransferError(f"{where}: {doing}: {type(error).__name__}{said}{advice}")
+
+
+_AGAIN = "; the same command goes on where it was"
 
 
 def _words(error: BaseException) -> str:

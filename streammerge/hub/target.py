@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge._version import __version__
 from streammerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE
 from streammerge.errors import OutputExistsError, TransferError
+from streammerge.hub.files import PushedFile
 from streammerge.hub.operations import file_operation, is_ignored, is_uploaded, limit_waiting, without_bars
 from streammerge.hub.refusals import ATTEMPTS, patiently, refusal, status_of, waiting_time
 from streammerge.hub.settings import PushSettings
@@ -22,31 +20,8 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelInfo, RepoFile
 
 UPLOADS = 3  # how often a shard is uploaded that the Hub loses each time
+_NO_SUCH = "there is no such repository, or none that you may see"
 _WAITING = (20.0, 300.0, 120.0)  # seconds for connecting, for an answer, for a write
-
-
-@dataclass(frozen=True)
-class PushedFile:
-    """A file of the model: its bytes, or where they lie, or None for a shard that only the Hub still has."""
-
-    content: bytes | Path | None
-    size: int
-    sha256: str
-
-    @classmethod
-    def of(cls, content: bytes | Path) -> PushedFile:
-        """A small file."""
-        raw = content if isinstance(content, bytes) else content.read_bytes()
-        return cls(content, len(raw), hashlib.sha256(raw).hexdigest())
-
-    def is_same(self, there: RepoFile) -> bool:
-        """Whether the repository's file has the same content."""
-        if there.lfs is not None:
-            return there.lfs.sha256 == self.sha256
-        if self.content is None or there.size != self.size:
-            return False
-        raw = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
-        return there.blob_id == hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest()
 
 
 class HubTarget:
@@ -65,6 +40,8 @@ class HubTarget:
         self._missing = False  # the repository, before `prepare`
         self._branch_missing = False
         self._there: list[str] = []  # its files at the start
+        self._at: str | None = None  # the commit of a branch that is there, at the start
+        self._private: bool | None = None  # a repository that is there
 
     def once(self, method: str, **options: Any) -> Any:
         """Call a method of the client on the repository, and let its errors through."""
@@ -78,7 +55,12 @@ class HubTarget:
         try:
             return patiently(lambda: self.once(method, **options))
         except Exception as error:
-            raise refusal(self.where, doing, error) from error
+            raise self.refusal(doing, error) from error
+
+    def refusal(self, doing: str, error: Exception) -> TransferError:
+        """What the client raised, as an error of ours."""
+        propose = not (self.settings.create_pr or self._missing)
+        return refusal(self.where, doing, error, propose=propose)
 
     def check(self) -> None:
         """Find out, changing nothing, whether one may push there."""
@@ -96,10 +78,52 @@ class HubTarget:
             raise OutputExistsError(f"{self.where}: the repository is public: leave out --private, or push to another")
         if not self.settings.create_pr:
             self._check_right()
+        self._check_branch()
         self._there = [entry.rfilename for entry in info.siblings or ()]
+        self._at, self._private = None if self._branch_missing else info.sha, info.private
         expected = self.settings.parent_commit
         if expected is not None and expected != info.sha:
-            raise self.moved(expected, info.sha)
+            raise TransferError(
+                f"{self.where}: it is at {info.sha}, and --parent-commit asks for {expected}: look at what is there, "
+                "then give that commit, or leave it out"
+            )
+
+    def check_inputs(self, inputs: Iterable[tuple[str, str | None, str]]) -> None:
+        """Refuse to overwrite what the merge reads.
+
+        Args:
+            inputs: org/name, the revision asked for and its commit of each model on the Hub.
+
+        Raises:
+            OutputExistsError: with the ways out.
+        """
+        for id, asked, commit in inputs:
+            same = id.casefold() == self.settings.repository.casefold() and not self.settings.create_pr
+            if same and (commit == self._at or (asked or "main") == self.settings.branch):
+                raise OutputExistsError(
+                    f"{self.where}: it is one of the models merged: push to another repository, to a --revision other "
+                    "than the one read, or with --create-pr"
+                )
+
+    def destination(self, files: Iterable[str]) -> dict[str, Any]:
+        """Where the model goes, as a plan tells it, after `check`.
+
+        Args:
+            files: the names of the files to come.
+        """
+        changes = self._at is not None and not self.settings.create_pr
+        replaced = sorted({SINGLE_FILE, INDEX_FILE} & {*self._there} & {*files}) if changes else []
+        return {
+            "endpoint": self.api.endpoint,
+            "repository": self.settings.repository,
+            "branch": self.settings.branch,
+            "pull_request": self.settings.create_pr,
+            "new_repository": self._missing,
+            "new_branch": self._branch_missing or (self._missing and self.settings.branch != "main"),
+            "private": self.settings.private if self._missing else self._private,
+            "commit": self._at,
+            "replaces": replaced,
+        }
 
     def check_weights(self, files: Iterable[str]) -> None:
         """Refuse weights that would lie beside others: nobody means such a model, nor knows how it would load.
@@ -120,7 +144,7 @@ class HubTarget:
         """Make the repository and the branch where they are missing; the commit the branch is at."""
         settings = self.settings
         if self._missing:
-            self.call("making it", "create_repo", private=settings.private, exist_ok=True)
+            self._make()
         if self._branch_missing or (self._missing and settings.branch != "main"):
             self.call("making the branch", "create_branch", branch=settings.branch, exist_ok=True)
         self._missing = self._branch_missing = False
@@ -172,7 +196,7 @@ class HubTarget:
                 # client has tried again already, is final.
                 expired = isinstance(error, RuntimeError) and status_of(error.__cause__ or error) in (400, 403)
                 if isinstance(error, HfHubHTTPError) or not expired or attempt == ATTEMPTS:
-                    raise refusal(where, "upload failed", error) from error
+                    raise refusal(where, "upload failed", error, propose=not settings.create_pr) from error
                 time.sleep(waiting_time(error, attempt))
         if is_ignored(operation):
             raise TransferError(f"{where}: the repository's .gitignore leaves it out: take that line out of it")
@@ -194,7 +218,7 @@ class HubTarget:
         try:
             return patiently(self.api.whoami)
         except Exception as error:
-            raise refusal(self.where, "asking who is logged in", error) from error
+            raise self.refusal("asking who is logged in", error) from error
 
     def _info(self, revision: str) -> ModelInfo | None:
         """The repository at a revision; None where there is none of one of them."""
@@ -216,6 +240,40 @@ class HubTarget:
             raise TransferError(f"{self.where}: the token may only read: log in with one that may write")
         if self.settings.parent_commit is not None:
             raise TransferError(f"{self.where}: there is no such repository yet: leave out --parent-commit")
+        spaces = [me.get("name"), *(space.get("name") for space in me.get("orgs") or ())]
+        known = "orgs" in me and all(isinstance(name, str) for name in spaces)
+        if known and self._namespace.casefold() not in [name.casefold() for name in spaces]:
+            raise TransferError(
+                f"{self.where}: {_NO_SUCH}, and none can be made: no organisation {self._namespace!r} among yours: "
+                f"{', '.join(spaces)}"
+            )
+
+    @property
+    def _namespace(self) -> str:
+        return self.settings.repository.partition("/")[0]
+
+    def _make(self) -> None:
+        try:
+            patiently(lambda: self.once("create_repo", private=self.settings.private, exist_ok=True))
+        except Exception as error:
+            if status_of(error) == 403:
+                raise TransferError(
+                    f"{self.where}: {_NO_SUCH}, and no right to make one in {self._namespace!r}: make it in a "
+                    "namespace of yours, or use a token that may"
+                ) from error
+            raise self.refusal("making it", error) from error
+
+    def _check_branch(self) -> None:
+        """Refuse a tag, and whatever else the Hub takes for a revision and nobody can commit to."""
+        branch = self.settings.branch
+        if branch == "main" or branch.startswith("refs/pr/") or self._branch_missing:
+            return
+        refs = self.call("listing its branches", "list_repo_refs")
+        if branch not in [ref.name for ref in refs.branches]:
+            raise TransferError(
+                f"{self.where}: that is a tag or a commit there, to which nothing can be pushed: give a branch as "
+                "--revision, or a new name to make one"
+            )
 
     def _check_right(self) -> None:
         try:

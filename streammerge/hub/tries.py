@@ -10,6 +10,7 @@ from threading import Event
 from typing import TypeVar
 
 from streammerge.errors import CheckpointError, TransferError
+from streammerge.hub.login import FLAWED_TOKEN, is_logged_in, is_token_flawed, refused_token
 
 TRIES = 6  # in a row without progress
 FIRST_WAIT, LONGEST_WAIT = 1.0, 16.0  # seconds; doubled from one try to the next
@@ -78,10 +79,13 @@ def hub_errors(model: str, where: str) -> Iterator[None]:
     import httpx2
     from huggingface_hub import errors
 
+    if is_token_flawed():
+        raise CheckpointError(f"{model}: {FLAWED_TOKEN}")
     try:
         yield
     except errors.GatedRepoError:
-        raise CheckpointError(f"{model}: gated: ask for access on its page, then {_LOGIN}") from None
+        after = ", as whom you are logged in" if is_logged_in() else f", then {_LOGIN}"
+        raise CheckpointError(f"{model}: gated: ask for access on its page{after}") from None
     except errors.RevisionNotFoundError:
         raise CheckpointError(f"{model}: the repository has no such revision") from None
     except errors.RepositoryNotFoundError:
@@ -100,10 +104,12 @@ def hub_errors(model: str, where: str) -> Iterator[None]:
         if status in _WORTH_ANOTHER_TRY:
             raise PassingError(f"the server answered {status}", _wait_asked_for(error.response.headers)) from None
         if status == 401:
-            raise CheckpointError(f"{model}: the Hub does not accept the login: {_LOGIN}") from None
+            raise CheckpointError(f"{model}: {refused_token()}") from None
         raise TransferError(f"{where}: the server answered {status}") from None
     except httpx2.TimeoutException as error:
         raise PassingError("no answer in time") from error
+    except (httpx2.UnsupportedProtocol, httpx2.InvalidURL):
+        raise CheckpointError(f"{model}: {NO_ADDRESS}") from None
     except (httpx2.TransportError, RuntimeError) as error:  # the latter where another thread closed the session
         raise PassingError(f"the connection failed ({type(error).__name__})") from error
     except httpx2.HTTPError as error:
@@ -111,6 +117,7 @@ def hub_errors(model: str, where: str) -> Iterator[None]:
 
 
 _LOGIN = "`hf auth login`"
+NO_ADDRESS = "HF_ENDPOINT is no address of a Hub: it begins with http:// or https://"
 
 
 def _wait_asked_for(headers: Mapping[str, str]) -> float | None:

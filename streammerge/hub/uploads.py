@@ -10,8 +10,9 @@ from streammerge.checkpoints import disk
 from streammerge.checkpoints.output import transfer_errors
 from streammerge.checkpoints.room import DiskRoom
 from streammerge.checkpoints.writer import CheckpointWriter
+from streammerge.hub.files import PushedFile
 from streammerge.hub.ledger import Ledger
-from streammerge.hub.target import HubTarget, PushedFile
+from streammerge.hub.target import HubTarget
 from streammerge.progress import progress_bar
 
 SHARDS_ON_DISK = 2  # one that is merged and one that is uploaded

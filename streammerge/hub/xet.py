@@ -11,6 +11,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
+
+from streammerge.errors import TransferError
 
 CLIENT_BYTES = 20 << 20  # what pushing takes in the client itself, on top of what importing torch takes
 
@@ -57,6 +60,28 @@ def xet_share(max_ram: int, *, uploads: bool, downloads: bool) -> int:
 def ram_for_xet(*, uploads: bool, downloads: bool) -> int:
     """The least `max_ram` with which `xet_share` gives anything."""
     return uploads * _UPLOAD_BYTES + downloads * _DOWNLOAD_BYTES + _LEAST_LEFT
+
+
+def require_xet_cache(where: str) -> None:
+    """Refuse a push by Xet where it could not keep what it keeps meanwhile.
+
+    Raises:
+        TransferError: with the ways out.
+    """
+    from huggingface_hub import constants
+
+    if has_xet() and not is_writable(Path(constants.HF_XET_CACHE)):
+        raise TransferError(
+            f"{where}: Xet cannot write into {constants.HF_XET_CACHE}: set HF_HOME or HF_XET_CACHE to a folder where "
+            "it can, or HF_HUB_DISABLE_XET=1"
+        )
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether a folder can be written, or made where it is missing."""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 @contextmanager

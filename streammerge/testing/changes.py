@@ -4,6 +4,7 @@ import base64
 import json
 from typing import Any
 
+from streammerge.branches import branch_flaw
 from streammerge.testing.repository import Discussion, Repository
 from streammerge.testing.state import State, require_writer
 from streammerge.testing.store import GITATTRIBUTES, LFS_BYTES, File, is_lfs, lfs_file
@@ -56,6 +57,8 @@ def create_branch(state: State, request: Request) -> Reply:
     """POST /api/models/{repository}/branch/{branch}."""
     name, branch = request.groups
     repository = state.writable(request, name)
+    if flaw := branch_flaw(branch):
+        raise RefusalError(400, f"Invalid reference name: {flaw}")
     if branch in repository.branches:
         raise RefusalError(409, f"Reference already exists: refs/heads/{branch}")
     start = request.json().get("startingPoint", "main")

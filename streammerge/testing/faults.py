@@ -57,9 +57,12 @@ class Fault:
         method: pattern of the method.
         times: how many matching requests it strikes, one after the other; None for all.
         after: how many matching requests it lets pass before.
+        status, seconds, nbytes: what the kinds above say of them.
+        branch, files: of moved_branch; files are path -> bytes.
 
     Raises:
         ValueError: no such kind.
+        TypeError: files that are not bytes.
     """
 
     kind: Kind
@@ -76,6 +79,14 @@ class Fault:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise ValueError(f"no fault is called {self.kind!r}; there are: {', '.join(get_args(Kind))}")
+        require_bytes(self.files)
+
+
+def require_bytes(files: Mapping[str, bytes]) -> None:
+    """Raises TypeError for a file whose content is not bytes: later, nobody would know where it came from."""
+    for path, content in files.items():
+        if not isinstance(content, bytes):
+            raise TypeError(f"the content of {path!r} must be bytes, not {type(content).__name__}")
 
 
 @dataclass

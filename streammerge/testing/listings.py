@@ -24,8 +24,8 @@ def whoami(state: State, request: Request) -> Reply:
     user = request.user
     if user is None:
         raise RefusalError(401, "Invalid username or password.")
-    spaces = {name.partition("/")[0] for name in state.repositories} if user.organizations is None else ()
-    organizations = sorted({*spaces, *(user.organizations or ())} - {user.name})
+    listed = [{"type": "org", "name": name, "roleInOrg": "write"} for name in sorted(user.organizations or ())]
+    organizations = {} if user.organizations is None else {"orgs": listed}  # who may use all has no list of them
     token = {"displayName": "token", "role": "write" if user.can_write else "read"}
     return json_reply(
         {
@@ -34,7 +34,7 @@ def whoami(state: State, request: Request) -> Reply:
             "name": user.name,
             "fullname": user.name,
             "isPro": False,
-            "orgs": [{"type": "org", "name": name, "roleInOrg": "write"} for name in organizations],
+            **organizations,
             "auth": {"type": "access_token", "accessToken": token},
         }
     )

@@ -9,6 +9,7 @@ The client reads HF_ENDPOINT when it is imported: start a new process, or pass `
 keeps is models only. It listens on two ports: the Hub, and the storage that signed URLs lead to without a token.
 """
 
+import re
 import shutil
 import sys
 import tempfile
@@ -20,7 +21,8 @@ from socket import SHUT_RDWR, socket
 from threading import Event, Lock, Thread
 from typing import Any, Literal, Self
 
-from streammerge.testing.faults import Armed, Fault
+from streammerge.branches import branch_flaw
+from streammerge.testing.faults import Armed, Fault, require_bytes
 from streammerge.testing.handler import Handler
 from streammerge.testing.record import Traffic, traffic
 from streammerge.testing.repository import Repository
@@ -65,8 +67,20 @@ class Hub(State):
         self._servers = [_Server(self, host, self._stopping) for host in ("hub", "storage")]
         self.url, self.storage_url = (server.url for server in self._servers)
 
-    def add(self, repository: str, folder: Path, branch: str = "main") -> str:
-        """Commit a folder's content to a branch, both made if need be; returns the commit."""
+    def add(self, repository: str, folder: str | Path, branch: str = "main") -> str:
+        """Commit a folder's content to a branch, both made if need be; returns the commit.
+
+        Raises:
+            NotADirectoryError: there is no such folder.
+            ValueError: the repository is not called org/name, or the branch as git calls none.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{folder}: no such folder, which {repository} was to hold")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+            raise ValueError(f"{repository!r}: a repository is called org/name")
+        if flaw := branch_flaw(branch):
+            raise ValueError(f"{branch!r} is no name for a branch: {flaw}")
         files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
         stored = {path: self.blobs.add_file(path, read_chunks(source)) for path, source in files.items()}
         with self.lock:
@@ -75,21 +89,33 @@ class Hub(State):
             return entry.commit(branch, stored, f"add {folder.name}").oid
 
     def files(self, repository: str, revision: str = "main") -> dict[str, File]:
-        """The files of a revision, by path."""
-        return dict(self.repositories[repository].files(revision))
+        """The files of a revision, by path.
+
+        Raises:
+            LookupError: no such repository or revision, from this and the calls below.
+        """
+        return dict(self._known(repository, revision).files(revision))
 
     def read(self, repository: str, path: str, revision: str = "main") -> bytes:
         """A file's content."""
-        return self.content_path(self.repositories[repository].files(revision)[path].sha256).read_bytes()
+        files = self._known(repository, revision).files(revision)
+        if path not in files:
+            raise LookupError(f"{repository}@{revision} has no file {path!r}; it has: {', '.join(sorted(files))}")
+        return self.content_path(files[path].sha256).read_bytes()
 
     def move_branch(self, repository: str, files: Mapping[str, bytes], branch: str = "main") -> str:
-        """Commit files to a branch as someone else would; returns the commit."""
+        """Commit files to a branch as someone else would; returns the commit.
+
+        Raises:
+            TypeError: a file that is not bytes.
+        """
+        require_bytes(files)
         with self.lock:
-            return self.commit_bytes(self.repositories[repository], branch, files, "someone else's commit").oid
+            return self.commit_bytes(self._known(repository), branch, files, "someone else's commit").oid
 
     def lose_object(self, repository: str, sha256: str) -> None:
         """Forget an LFS object that was uploaded and not committed, as the Hub does after a while."""
-        self.repositories[repository].objects.discard(sha256)
+        self._known(repository).objects.discard(sha256)
 
     def misbehave(self, fault: Fault) -> Armed:
         """Arm a fault; the returned object counts the requests it has struck."""
@@ -112,6 +138,16 @@ class Hub(State):
         """What a client's process must have in its environment to talk to this Hub and to nobody else."""
         direct = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         return {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_TELEMETRY": "1", **direct}
+
+    def _known(self, repository: str, revision: str | None = None) -> Repository:
+        if repository not in self.repositories:
+            there = ", ".join(sorted(self.repositories)) or "none"
+            raise LookupError(f"this Hub has no repository {repository!r}; it has: {there}")
+        found = self.repositories[repository]
+        if revision is not None and found.commit_of(revision) is None:
+            there = ", ".join([*found.branches, *found.tags, *found.pulls])
+            raise LookupError(f"{repository} has no revision {revision!r}; it has: {there}")
+        return found
 
     def __enter__(self) -> Self:
         for server in self._servers:

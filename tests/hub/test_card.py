@@ -47,7 +47,26 @@ def test_the_card_lists_hub_models_only(saved_models: Models) -> None:
     }
     assert metadata(local) == {"library_name": "transformers", "tags": ["merge", "streammerge"]}
     assert "| base | `org/base` | c0ffee |" in hub
-    assert "| base | `folder` | - |" in local
+    assert "| base | `folder` (local folder) | - |" in local
+
+
+def test_a_repository_is_named_once(saved_models: Models) -> None:
+    twice = [
+        {"role": role, "id": "org/x", "revision": revision} for role, revision in (("base", "c0"), ("expert", "c1"))
+    ]
+    assert metadata(card(saved_models, *twice))["base_model"] == ["org/x"]
+
+
+def test_no_path_of_this_machine_is_in_the_card(saved_models: Models, tmp_path: Path) -> None:
+    job = recipe(saved_models, method="fim_ties", models=[str(saved_models.ft), str(saved_models.ft2)])
+    result = streammerge.merge({**job, "base": f"{saved_models.base}/"}, tmp_path / "out", device="cpu")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert str(saved_models.base.parent) not in text
+    assert "# Merge of `ft` and `ft2` into `base`" in text and "| base | `base` (local folder) | - |" in text
+    assert "| ft2: 0 |" in text and "; replace the names of local folders by your own:" in text
+    again = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert (again["base"], [model["model"] for model in again["models"]]) == ("base", ["ft", "ft2"])
+    assert result["recipe"]["models"][0]["model"] == str(saved_models.ft)  # the manifest keeps them
 
 
 def test_names_cannot_break_out_of_the_card(saved_models: Models) -> None:
@@ -104,11 +123,11 @@ def test_a_bar_in_a_row_of_the_blocks_is_no_cell(saved_models: Models) -> None:
 AGREEMENTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "they agree": ((APACHE, APACHE), APACHE, ""),
     "on one of their own": ((OWN, OWN), OWN, ""),
-    "nobody states one": (({}, {}), {}, ""),
+    "nobody states one": (({}, {}), {}, "None of the models states a licence."),
     "they differ": (
         (APACHE, OWN),
         {"license": "other", "license_name": "apache-2.0-and-llama3"},
-        "- `{base}`: `apache-2.0`\n- `{ft}`: `llama3`\n",
+        "- `{base}`: `apache-2.0`\n- `{ft}`: `llama3`, see `LICENSE`\n",
     ),
     "one states none": ((APACHE, {}), {"license": "unknown"}, "- `{base}`: `apache-2.0`\n- `{ft}`: states none\n"),
 }
@@ -116,10 +135,12 @@ AGREEMENTS: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("licences", "expected", "told"), AGREEMENTS.values(), ids=AGREEMENTS)
 def test_licences(saved_models: Models, licences: Any, expected: dict[str, Any], told: str) -> None:
-    text = card(saved_models, {**LOCAL, "role": "base"}, LOCAL, licences=licences)
+    folders = [{"role": "base", "id": saved_models.base}, {"role": "expert", "id": saved_models.ft}]
+    sources = [{**source, "id": str(source["id"]), "revision": None} for source in folders]
+    text = card(saved_models, *sources, licences=licences)
     assert {key: value for key, value in metadata(text).items() if key.startswith("license")} == expected
-    assert told.format(base=saved_models.base, ft=saved_models.ft) in text
-    assert ("depends on all of them" in text) == bool(told)
+    assert told.format(base="base", ft="ft") in text
+    assert ("depends on all of them" in text) == ("- `" in told) and ("## Licence" in text) == bool(told)
 
 
 CARDS: dict[str, tuple[str, dict[str, str]]] = {

@@ -181,7 +181,7 @@ def test_a_branch_that_moved_between_two_runs(hub: Hub, merge: Merge, local: dic
 
 def test_a_parent_that_is_not_the_head(hub: Hub, merge: Merge) -> None:
     merge(None, "org/new")
-    with pytest.raises(TransferError, match="not at 0{40}"):
+    with pytest.raises(TransferError, match="--parent-commit asks for 0{40}"):
         merge(None, {"repository": "org/new", "parent_commit": 40 * "0"})
     with pytest.raises(TransferError, match="no such repository yet: leave out --parent-commit"):
         merge(None, {"repository": "org/other", "parent_commit": 40 * "0"})
@@ -201,7 +201,7 @@ def test_another_recipe_for_the_same_repository(hub: Hub, merge: Merge) -> None:
     hub.misbehave(Fault("status", status=400, path="*/commit/*"))
     with pytest.raises(TransferError):
         merge(None, "org/new")
-    with pytest.raises(OutputExistsError, match="unfinished run that differs in recipe.*--overwrite"):
+    with pytest.raises(OutputExistsError, match="unfinished push to org/new differs in recipe.*--overwrite"):
         merge(None, "org/new", parameters={"coefficient": 0.5})
     merge(None, "org/new", parameters={"coefficient": 0.5}, overwrite=True)
     assert len(history(hub)) == 2

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from hub.pushing import STRANGER, TOKEN, history, pushed, recipe, uploads
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from tiny_models import Models, Run
 
 import streammerge
@@ -100,21 +102,23 @@ def test_what_the_hub_has_lost_is_uploaded_again(hub: Hub, folder: Path, local: 
 
 
 def test_the_command(
-    hub: Hub, folder: Path, local: dict[str, bytes], run: Run, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, folder: Path, local: dict[str, bytes], run: Run, saved_models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    note = f"note: the manifest names local folders or files: {saved_models.base}, {saved_models.ft}\n"
     result = run("push", folder, "org/new", "--private", "--commit-message", "Mine", "-q")
     commit = next(hub.repositories["org/new"].history()).oid
-    assert result == (0, f"pushed: {hub.url}/org/new/commit/{commit}\n", "")
+    assert result == (0, f"pushed: {hub.url}/org/new/commit/{commit}\n", note)
     assert history(hub)[0] == "Mine" and hub.repositories["org/new"].private
     again = run("push", folder, "org/new", "-q")
-    assert again == (0, f"already there, nothing to push: {hub.url}/org/new/commit/{commit}\n", "")
+    assert again == (0, f"already there, nothing to push: {hub.url}/org/new/commit/{commit}\n", note)
     options = ("--revision", "next", "--delete-patterns", "*.txt", "--delete-patterns", "notes/*", "--no-private")
     assert not json.loads(run("push", folder, "org/new", *options, "--json", "-q").out)["new"]  # it left main there
     assert pushed(hub, revision="next") == local
     monkeypatch.setenv("HF_TOKEN", STRANGER)
     refused = run("push", folder, "org/new", "-q")
     assert (refused.code, refused.out) == (1, "") and refused.err.count("\n") == 1
-    assert refused.err.startswith("streammerge: error: push to org/new: making it: no right to")  # it is private
+    assert refused.err.startswith("streammerge: error: push to org/new: there is no such repository, or none")
+    assert "none can be made: no organisation 'org' among yours: stranger" in refused.err
 
 
 def test_the_commands_of_a_merge(hub: Hub, run: Run, saved_models: Models, local: dict[str, bytes]) -> None:
@@ -147,7 +151,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an address": ({"repository": "https://huggingface.co/org/name"}, "org/name"),
     "a way out": ({"repository": "org/.."}, "org/name"),
     "two dashes": ({"repository": "org/a--b"}, "org/name"),
-    "too long": ({"repository": "org/" + 97 * "a"}, "org/name"),
+    "too long": ({"repository": "org/" + 97 * "a"}, "a name may have 96 characters, and one has 97"),
+    "no letter first": ({"repository": "alice/-x-"}, "a letter or digit at either end"),
+    "git": ({"repository": "alice/x.git"}, "not ending with .git"),
+    "a line's end": ({"repository": "alice/x\n"}, "org/name"),
+    "a blank branch": ({"revision": "bad branch"}, "cannot be a branch: it has the character ' ' in it"),
+    "no branch": ({"revision": ""}, "revision: cannot be a branch: it is empty"),
+    "a commit for a branch": ({"revision": 40 * "a"}, "must be a branch: to a commit nothing can be pushed"),
+    "a full ref": ({"revision": "refs/heads/main"}, "by its plain name, or refs/pr/N"),
+    "an empty pattern": ({"delete_patterns": ["*.txt", ""]}, "a pattern must not be empty"),
     "no commit": ({"parent_commit": "main"}, "40 hexadecimal digits"),
     "no message": ({"commit_message": "  "}, "must not be empty"),
     "a parent of a pull request": ({"create_pr": True, "parent_commit": 40 * "0"}, "does not go with create_pr"),
@@ -160,6 +172,40 @@ def test_settings_that_make_no_sense(values: dict[str, Any], words: str) -> None
     with pytest.raises(RecipeError) as caught:
         build(PushSettings, {"repository": "org/name", **values}, "push")
     assert str(caught.value).startswith("push: ") and words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a/b", "a/-b", "a/b-", "a/.b", "a/_b", "-a/b", "a/b.git", "a/b--c", "a/" + 96 * "x"])
+def test_repositories_are_called_as_the_client_has_it(name: str) -> None:
+    try:
+        validate_repo_id(name)
+        taken = True
+    except HFValidationError:
+        taken = False
+    if taken:
+        PushSettings(repository=name)
+    else:
+        with pytest.raises(ValueError, match="push|repository"):
+            PushSettings(repository=name)
+
+
+EMPTY: dict[str, tuple[str, ...]] = {
+    "revision": ("--push-to-hub", "org/new", "--revision", ""),
+    "commit_message": ("--push-to-hub", "org/new", "--commit-message", ""),
+    "delete_patterns": ("--push-to-hub", "org/new", "--delete-patterns", ""),
+    "parent_commit": ("--push-to-hub", "org/new", "--parent-commit", ""),
+    "repository": ("--push-to-hub", ""),
+    "nothing after the @": ("--ft", "org/ft@"),
+}
+
+
+@pytest.mark.parametrize(("word", "options"), EMPTY.items(), ids=EMPTY)
+def test_an_empty_value_is_no_value(
+    hub: Hub, run: Run, saved_models: Models, word: str, options: tuple[str, ...]
+) -> None:
+    ft = () if "--ft" in options else ("--ft", saved_models.ft)
+    result = run("plan", "--base", saved_models.base, *ft, "-m", "task_arithmetic", *options)
+    assert (result.code, result.out) == (1, "") and result.err.count("\n") == 1 and word in result.err, result.err
+    assert hub.record == []
 
 
 def test_settings_are_checked_before_anything_else(hub: Hub, saved_models: Models) -> None:

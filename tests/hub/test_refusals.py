@@ -6,9 +6,10 @@ from typing import Any
 
 import httpx2
 import pytest
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from streammerge.hub import refusals
+from streammerge.hub.login import FLAWED_TOKEN
 from streammerge.hub.refusals import is_transient, patiently, refusal, waiting_time
 
 TOKEN = "hf_markerMarkerMarkerMarkerMarker12"
@@ -32,6 +33,12 @@ LINES: dict[str, tuple[Exception, str]] = {
     "no token": (LocalTokenNotFoundError("..."), "W: not logged in to the Hub: run `hf auth login`, or set HF_TOKEN"),
     "offline": (OfflineModeIsEnabled("..."), "W: HF_HUB_OFFLINE is set, so nothing can be pushed: unset it"),
     "wrong token": (answer(401), "W: the Hub does not accept the token: log in again with `hf auth login`"),
+    "no right": (answer(403, "Forbidden."), "W: uploading: not allowed (Forbidden): use a token that may write there"),
+    "no address": (
+        httpx2.UnsupportedProtocol("x"),
+        "W: HF_ENDPOINT is no address of a Hub: it begins with http:// or https://",
+    ),
+    "no id": (HFValidationError("Bad id."), "W: uploading: HFValidationError (Bad id)"),
     "server": (answer(503), "W: uploading: the Hub answers 503; the same command goes on where it was"),
     "full": (answer(413, "Too large."), "W: uploading: the Hub answers 413 (Too large)"),
     "wrapped": (wrapped(answer(500)), "W: uploading: the storage answers 500; the same command goes on where it was"),
@@ -52,8 +59,26 @@ LINES: dict[str, tuple[Exception, str]] = {
 
 
 @pytest.mark.parametrize(("error", "line"), LINES.values(), ids=LINES)
-def test_lines(error: Exception, line: str) -> None:
+def test_lines(error: Exception, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
     assert str(refusal("W", "uploading", error)) == line
+
+
+def test_a_way_around_a_missing_right() -> None:
+    assert str(refusal("W", "x", answer(403), propose=True)).endswith(", or propose the model with --create-pr")
+
+
+def test_a_variable_goes_before_a_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    line = str(refusal("W", "x", answer(401)))
+    assert line.startswith("W: HF_TOKEN is set and not accepted by the Hub: set it anew, or unset it")
+
+
+@pytest.mark.parametrize("token", ["hf_\u00fcber", "hf_a\x01b", "hf_a b"])
+def test_nothing_is_shown_of_a_token_that_is_none(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    error = UnicodeEncodeError("ascii", f"Bearer {token}", 10, 11, f"no {token}")
+    assert str(refusal("W", "x", error)) == f"W: {FLAWED_TOKEN}" and token[3:] not in FLAWED_TOKEN
 
 
 def test_a_long_story_is_cut() -> None:
@@ -70,6 +95,8 @@ def test_a_long_story_is_cut() -> None:
         (answer(412), False),
         (answer(403), False),
         (ValueError("no"), False),
+        (httpx2.UnsupportedProtocol("no"), False),
+        (httpx2.LocalProtocolError("no"), False),
     ],
 )
 def test_what_may_pass(error: Exception, transient: bool) -> None:

@@ -249,8 +249,15 @@ def test_a_cache_that_cannot_be_written(opened: Open, monkeypatch: pytest.Monkey
 def test_who_may_not_see_it(opened: Open, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.repositories["org/ft"].gated = True
     hub.repositories["org/ft"].private = False
-    with pytest.raises(CheckpointError, match=r"model org/ft: gated: ask for access on its page, then `hf auth login`"):
+    with pytest.raises(
+        CheckpointError, match="model org/ft: gated: ask for access on its page, as whom you are logged"
+    ):
         opened("org/ft")
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.get_token", lambda: None)
+        patch.setenv("HF_TOKEN", "")
+        with pytest.raises(CheckpointError, match="gated: ask for access on its page, then `hf auth login`"):
+            opened("org/ft")
     with pytest.raises(CheckpointError, match="model org/base@v9: the repository has no such revision"):
         opened("org/base@v9")
     monkeypatch.setenv("HF_TOKEN", "hf_someoneElses")
