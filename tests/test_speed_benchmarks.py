@@ -2,13 +2,16 @@
 
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import merge_speed
 import pytest
 import raw_copy
 import start_up
+import where_time_goes
 from make_checkpoints import make_pair
 from measuring import CommandFailed, Runs, Usage, in_turn, measure
 
@@ -96,3 +99,31 @@ def test_starting(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
     monkeypatch.setattr(start_up, "commands", lambda folder: {start_up.INTERPRETER: [sys.executable, "-c", "pass"]})
     start_up.main(["--runs", "1"])
     assert f"| `{start_up.INTERPRETER}` | " in capsys.readouterr().out
+
+
+def test_where_the_time_goes(tmp_path: Path) -> None:
+    """In a process of its own: its clock stays where it is put."""
+    base, ft = make_pair("tiny", tmp_path / "pair", say=lambda line: None)
+    command = [sys.executable, str(Path(where_time_goes.__file__)), "--method", "ties", "--threads", "1"]
+    options = ["--base", str(base), "--ft", str(ft), "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["phase", "calls", "MainThread", "streammerge-hash_0", "streammerge_0", "all"]
+    calls = {row[0]: int(row[1]) for row in rows[1:]}
+    tensors = 4 * 12 + 2
+    assert calls["apply"] == calls["convert"] == calls["pass _HighBits"] == tensors  # one tile each
+    assert calls["read"] >= 2 * tensors and calls["write"] == tensors + 1  # the header
+    assert calls["hash"] >= 1 and calls["read back"] >= tensors
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_clock_counts_what_is_called_inside_only_once() -> None:
+    clock = where_time_goes.Clock()
+    inner = clock.timed(lambda: time.sleep(0.02), "inner")
+    outer = clock.timed(lambda: [inner(), inner()], "outer")
+    start = time.perf_counter()
+    outer()
+    whole = time.perf_counter() - start
+    (times,) = clock.threads.values()
+    assert (times["inner"][2], times["outer"][2]) == (2, 1)
+    assert 0.04 <= times["inner"][0] < times["inner"][0] + times["outer"][0] <= whole
