@@ -8,10 +8,8 @@ from threading import Event, Lock
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from streammerge.checkpoints.buffers import as_bytes
-from streammerge.checkpoints.checkpoint import Checkpoint, torch_dtype
+from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.room import DiskRoom
 from streammerge.checkpoints.writer import CheckpointWriter
@@ -19,7 +17,7 @@ from streammerge.errors import IncompatibleCheckpointsError
 from streammerge.methods.api import Method, RowBlock, TensorContext, Unit
 from streammerge.plan import MergePlan
 from streammerge.progress import progress_bar
-from streammerge.stream import Input, Inputs, RowReader, batches
+from streammerge.stream import Input, Inputs, RowReader, RowWriter, batches
 from streammerge.workers import single_threaded_torch
 
 
@@ -105,7 +103,7 @@ class Engine:
         tensor = unit.tensors[0]
         survey = self.method.survey(tensor)
         assert survey is not None  # only such tensors are in the list
-        reader.open(unit)
+        reader.open(unit, once=True)
         state = survey.start(unit, {})
         for block in reader.blocks():
             survey.update(state, block)
@@ -118,33 +116,33 @@ class Engine:
 
     def _merge(self, reader: RowReader, unit: Unit) -> None:
         action = self.plan.actions[unit.tensors[0].name]
-        inputs = reader.open(unit)
+        passes = list(self.method.passes(unit)) if action == "merge" else []
+        inputs = reader.open(unit, once=not any(step.reads_rows for step in passes))
         results: dict[str, Any] = {}
         if action == "merge":
             if self.plan.calibrated is not None:
                 results["calibrated"] = {tensor.name: self.plan.calibrated.of(tensor.name) for tensor in unit.tensors}
-            for step in self.method.passes(unit):
+            for step in passes:
                 state = step.start(unit, results)
                 if state is not None:
                     for block in reader.blocks() if step.reads_rows else ():
                         step.update(state, block)
                     results[step.name] = step.finish(state)
+        out = RowWriter(self.writer)
+        complete = {tensor.name for tensor in unit.tensors if self.writer.is_complete(tensor.name)}
         for block in reader.blocks():
             if action == "same":
                 self._require_same(block, inputs[block.tensor.name])
             merged = self.method.apply(block, results) if action == "merge" else block.stored[0]
-            self._write(block, merged)
+            if block.tensor.name not in complete:
+                out.add(block, merged)
+                if block.row + len(merged) == block.tensor.rows:
+                    out.flush()
         for tensor in unit.tensors:
-            if not self.writer.is_complete(tensor.name):
+            if tensor.name not in complete:
                 report = self.method.report(tensor, results) if action == "merge" else {}
                 facts = {"block": tensor.block, "dtype": tensor.dtype, "shape": list(tensor.shape)}
                 self.writer.complete(tensor.name, {**facts, "numel": tensor.numel, **_scalars(report)})
-
-    def _write(self, block: RowBlock, merged: Tensor) -> None:
-        name = block.tensor.name
-        if not self.writer.is_complete(name):
-            stored = merged.to(torch_dtype(block.tensor.dtype)).contiguous()
-            self.writer.write(name, block.row * block.tensor.columns * stored.element_size(), as_bytes(stored))
 
     def _survey_inputs(self, unit: Unit) -> dict[str, Inputs]:
         (tensor,) = unit.tensors
