@@ -72,6 +72,7 @@ ORDER = [
     "calibration.measure",
     "calibration",
     "methods.api",
+    "methods.indicators",
     "methods.selection",
     "methods.norms",
     "methods.gates",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.methods.api import Pass, Results, RowBlock, Unit
+from streammerge.methods.indicators import above, at_least, equal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +26,7 @@ _MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
 _NAN = 0x7F800001  # the one pattern that stands for all NaN, just above infinity
 _NOTHING = 0x7FFFFFFF  # above every score
 _EVERYTHING = -1  # below every score
+_COUNTED_TOGETHER = 1 << 16  # a histogram of few costs as much as one of this many
 
 
 def kept_count(density: float, numel: int) -> int:
@@ -53,17 +55,17 @@ class Selection:
         return self.cutoff is not None
 
     def mask(self, scores: Tensor, offset: int) -> Tensor:
-        """True where an element is kept: scores [r, c], the first of them at flat index `offset`."""
+        """1 where an element is kept, else 0, float32: scores [r, c], the first of them at flat index `offset`."""
         bits = _bits(scores)
         cutoff = self.cutoff or 0
         before = min(max(cutoff - offset, 0), bits.numel())  # elements of this block whose ties are kept
         if before == bits.numel():
-            mask = bits >= self.threshold
+            mask = at_least(bits, self.threshold)
         else:
-            mask = bits > self.threshold
+            mask = above(bits, self.threshold)
             if before:
-                mask[:before] = bits[:before] >= self.threshold
-        return mask.view(scores.shape)
+                mask[:before] = at_least(bits[:before], self.threshold)
+        return mask.float().view(scores.shape)
 
 
 def top_k_passes(scores: Scores, densities: Sequence[float], name: str = "selection") -> list[Pass]:
@@ -112,8 +114,7 @@ class _HighBits(Pass):
     def update(self, state: Any, block: RowBlock) -> None:
         for i, scores in enumerate(self.scores(block)):
             if 0 < state["kept"][i] < state["numel"]:
-                histogram = (_bits(scores) >> 16).bincount(minlength=1 << 15)
-                _add(state["histograms"], i, histogram)
+                _add(state["histograms"], i, _bits(scores).bitwise_right_shift_(16).bincount(minlength=1 << 15))
 
     def finish(self, state: Any) -> list[Selection]:
         selections = []
@@ -138,20 +139,19 @@ class _LowBits(Pass):
         selections = done[self.name]
         if all(selection.is_final for selection in selections):
             return None
-        return {"selections": selections, "numel": unit.numel, "histograms": [None] * len(selections)}
+        return {"selections": selections, "numel": unit.numel, "found": [_LowHistogram() for _ in selections]}
 
     def update(self, state: Any, block: RowBlock) -> None:
         for i, scores in enumerate(self.scores(block)):
             selection = state["selections"][i]
             if not selection.is_final:
-                bits = _bits(scores)
-                inside = bits[(bits >> 16) == (selection.threshold >> 16)] & 0xFFFF
-                _add(state["histograms"], i, inside.bincount(minlength=1 << 16))
+                state["found"][i].add(_bits(scores), selection.threshold >> 16)
 
     def finish(self, state: Any) -> list[Selection]:
         refined = []
-        for selection, histogram in zip(state["selections"], state["histograms"], strict=True):
+        for selection, found in zip(state["selections"], state["found"], strict=True):
             if not selection.is_final:
+                histogram = found.counted()
                 low, ties = _descend(histogram, selection.ties)
                 keeps_all = ties == int(histogram[low])
                 selection = replace(
@@ -177,15 +177,18 @@ class _Cutoff(Pass):
         return {"selections": list(selections), "left": [selection.ties for selection in selections]}
 
     def update(self, state: Any, block: RowBlock) -> None:
+        if all(selection.is_final for selection in state["selections"]):
+            return
         for i, scores in enumerate(self.scores(block)):
             selection = state["selections"][i]
             if selection.is_final:
                 continue
-            ties = (_bits(scores) == selection.threshold).nonzero()
-            if len(ties) >= state["left"][i]:
-                cutoff = block.offset + int(ties[state["left"][i] - 1]) + 1
+            ties = equal(_bits(scores), selection.threshold)
+            count = int(ties.sum())
+            if count >= state["left"][i]:
+                cutoff = block.offset + int(ties.nonzero()[state["left"][i] - 1]) + 1
                 state["selections"][i] = replace(selection, cutoff=cutoff)
-            state["left"][i] -= len(ties)
+            state["left"][i] -= count
 
     def finish(self, state: Any) -> list[Selection]:
         return state["selections"]  # type: ignore[no-any-return]
@@ -201,7 +204,8 @@ class _RankBins(Pass):
         return {"numel": unit.numel, "histograms": [None]}
 
     def update(self, state: Any, block: RowBlock) -> None:
-        _add(state["histograms"], 0, (_bits(self.scores(block)) >> 16).bincount(minlength=1 << 15))
+        high = _bits(self.scores(block)).bitwise_right_shift_(16)
+        _add(state["histograms"], 0, high.bincount(minlength=1 << 15))
 
     def finish(self, state: Any) -> list[tuple[int, int]]:
         (histogram,), numel = state["histograms"], state["numel"]
@@ -215,18 +219,52 @@ class _RankValues(Pass):
     def start(self, unit: Unit, done: Results) -> Any:
         places = done[self.name]
         bins = sorted({high for high, _ in places})
-        return {"places": places, "bins": bins, "histograms": [None] * len(bins)}
+        return {"places": places, "found": {high: _LowHistogram() for high in bins}}
 
     def update(self, state: Any, block: RowBlock) -> None:
         bits = _bits(self.scores(block))
-        high = bits >> 16
-        for i, bin in enumerate(state["bins"]):
-            _add(state["histograms"], i, (bits[high == bin] & 0xFFFF).bincount(minlength=1 << 16))
+        for high, found in state["found"].items():
+            found.add(bits, high)
 
     def finish(self, state: Any) -> list[float]:
-        histograms = dict(zip(state["bins"], state["histograms"], strict=True))
+        histograms = {high: found.counted() for high, found in state["found"].items()}
         found = [high << 16 | _descend(histograms[high], within)[0] for high, within in state["places"]]
         return [struct.unpack("<f", struct.pack("<I", bits))[0] for bits in found]
+
+
+class _LowHistogram:
+    """How often each low half occurs among the scores with a given high half; a few blocks are counted together."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Tensor] = []
+        self._histograms: list[Tensor | None] = [None]
+
+    def add(self, bits: Tensor, high: int) -> None:
+        """Take in the flat bit patterns of a block."""
+        if bits.device.type == "cpu":  # numpy picks the few out several times faster
+            import torch
+
+            values = bits.numpy()
+            inside = torch.from_numpy(values[values >> 16 == high])
+        else:
+            inside = bits[bits >> 16 == high]
+        self._waiting.append(inside.bitwise_and_(0xFFFF))
+        if sum(map(len, self._waiting)) >= _COUNTED_TOGETHER:
+            self._count()
+
+    def counted(self) -> Tensor:
+        """65,536 counts."""
+        self._count()
+        (histogram,) = self._histograms
+        assert histogram is not None  # there was at least one block
+        return histogram
+
+    def _count(self) -> None:
+        import torch
+
+        if self._waiting:
+            _add(self._histograms, 0, torch.cat(self._waiting).bincount(minlength=1 << 16))
+            self._waiting.clear()
 
 
 def _bits(scores: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from streammerge.schema import Strict
 if TYPE_CHECKING:
     from torch import Tensor
 
-Sparse = tuple["Tensor", "Tensor"]  # mask of what is kept, and the task vector without the rest
+Sparse = tuple["Tensor", "Tensor"]  # 1 where an entry is kept and 0 elsewhere, and the task vector without the rest
 
 
 class SparseParameters(Strict):
@@ -71,7 +71,7 @@ class SparseMethod(Method):
                 sparse = sparse * factors[i]
             vectors.append(sparse * coefficient)
         self._count(block, kept)
-        return block.base + self._merged(vectors) * self.parameters.scale
+        return (self._merged(vectors) * self.parameters.scale).add_(block.base)
 
     def report(self, tensor: TensorContext, results: Results) -> dict[str, Any]:
         kept = self._kept.get(tensor.name, [0] * len(self.experts))  # an empty tensor has no rows to apply to
