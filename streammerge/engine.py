@@ -14,6 +14,7 @@ from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.room import DiskRoom
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.errors import IncompatibleCheckpointsError
+from streammerge.heap import temporaries_kept
 from streammerge.methods.api import Method, RowBlock, TensorContext, Unit
 from streammerge.plan import MergePlan
 from streammerge.progress import progress_bar
@@ -39,6 +40,7 @@ class Engine:
         left = {u.key: [t.name for t in u.tensors if not self.writer.is_complete(t.name)] for u in self.plan.units}
         units = [unit for unit in self.plan.units if left[unit.key]]
         self.room.expect({unit.key: left[unit.key] for unit in units})
+        temporaries_kept()
         with single_threaded_torch():
             surveys: dict[TensorContext, Any] = {}
             if surveyed:
