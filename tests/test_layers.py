@@ -73,6 +73,7 @@ ORDER = [
     "calibration",
     "methods.api",
     "methods.indicators",
+    "methods.histograms",
     "methods.selection",
     "methods.norms",
     "methods.gates",

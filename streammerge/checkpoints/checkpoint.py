@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -227,7 +228,7 @@ def require_finite(
     (a sum may also overflow) are the elements looked at.
     """
     values = values.float() if values.element_size() == 1 else values  # torch cannot sum float8
-    if not values.sum().isfinite():
+    if not math.isfinite(values.sum().item()):
         bad = int(values.isfinite().logical_not().sum())
         if bad:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Comparisons as numbers, 1 where they hold and 0 elsewhere, in the dtype of what is compared.
+"""Comparisons as numbers, 1 where they hold and 0 elsewhere, in the dtype of what is compared; and what goes with it.
 
 On a CPU torch makes numbers of a comparison a whole vector at a time, booleans one by one: four times slower, and
 slower still where they are then used to multiply, to fill or to choose by.
@@ -40,6 +40,17 @@ def unequal(values: Tensor, other: float | Tensor) -> Tensor:
 def one_for_zero(values: Tensor) -> Tensor:
     """The values, and 1 in the place of every 0: something to divide by."""
     return equal(values, 0).add_(values)
+
+
+def count(ones: Tensor) -> int:
+    """How many ones there are among zeros and ones."""
+    wide = ones if ones.numel() <= 1 << 24 else ones.double()  # float32 holds every number up to there
+    return int(wide.sum())
+
+
+def scaled(values: Tensor, factor: float) -> Tensor:
+    """The values times the factor; themselves where it is 1."""
+    return values if factor == 1 else values * factor
 
 
 def _compared(name: str, values: Tensor, other: float | Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.methods.api import Pass, Results, RowBlock, Unit
+from streammerge.methods.histograms import HighHalves, LowHalves, descend
 from streammerge.methods.indicators import above, at_least, equal
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ _MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
 _NAN = 0x7F800001  # the one pattern that stands for all NaN, just above infinity
 _NOTHING = 0x7FFFFFFF  # above every score
 _EVERYTHING = -1  # below every score
-_COUNTED_TOGETHER = 1 << 16  # a histogram of few costs as much as one of this many
 
 
 def kept_count(density: float, numel: int) -> int:
@@ -109,22 +109,22 @@ class _HighBits(Pass):
 
     def start(self, unit: Unit, done: Results) -> Any:
         counts = self.counts(unit, done)
-        return {"kept": counts, "numel": unit.numel, "histograms": [None] * len(counts)}
+        return {"kept": counts, "numel": unit.numel, "found": [HighHalves() for _ in counts]}
 
     def update(self, state: Any, block: RowBlock) -> None:
         for i, scores in enumerate(self.scores(block)):
             if 0 < state["kept"][i] < state["numel"]:
-                _add(state["histograms"], i, _bits(scores).bitwise_right_shift_(16).bincount(minlength=1 << 15))
+                state["found"][i].add(_bits(scores))
 
     def finish(self, state: Any) -> list[Selection]:
         selections = []
-        for kept, histogram in zip(state["kept"], state["histograms"], strict=True):
+        for kept, found in zip(state["kept"], state["found"], strict=True):
             if kept == 0:
                 selections.append(Selection(0, _NOTHING, 0, 0))
             elif kept == state["numel"]:
                 selections.append(Selection(kept, _EVERYTHING, 0, 0))
             else:
-                high, within = _descend(histogram, kept)
+                high, within = descend(found.counted(), kept)
                 selections.append(Selection(kept, high << 16, within))
         return selections
 
@@ -139,7 +139,7 @@ class _LowBits(Pass):
         selections = done[self.name]
         if all(selection.is_final for selection in selections):
             return None
-        return {"selections": selections, "numel": unit.numel, "found": [_LowHistogram() for _ in selections]}
+        return {"selections": selections, "numel": unit.numel, "found": [LowHalves() for _ in selections]}
 
     def update(self, state: Any, block: RowBlock) -> None:
         for i, scores in enumerate(self.scores(block)):
@@ -152,7 +152,7 @@ class _LowBits(Pass):
         for selection, found in zip(state["selections"], state["found"], strict=True):
             if not selection.is_final:
                 histogram = found.counted()
-                low, ties = _descend(histogram, selection.ties)
+                low, ties = descend(histogram, selection.ties)
                 keeps_all = ties == int(histogram[low])
                 selection = replace(
                     selection,
@@ -201,15 +201,14 @@ class _RankBins(Pass):
         self.scores, self.ranks, self.name = scores, ranks, name
 
     def start(self, unit: Unit, done: Results) -> Any:
-        return {"numel": unit.numel, "histograms": [None]}
+        return {"numel": unit.numel, "found": HighHalves()}
 
     def update(self, state: Any, block: RowBlock) -> None:
-        high = _bits(self.scores(block)).bitwise_right_shift_(16)
-        _add(state["histograms"], 0, high.bincount(minlength=1 << 15))
+        state["found"].add(_bits(self.scores(block)))
 
     def finish(self, state: Any) -> list[tuple[int, int]]:
-        (histogram,), numel = state["histograms"], state["numel"]
-        return [_descend(histogram, numel - rank) for rank in self.ranks(numel)]
+        histogram, numel = state["found"].counted(), state["numel"]
+        return [descend(histogram, numel - rank) for rank in self.ranks(numel)]
 
 
 class _RankValues(Pass):
@@ -219,7 +218,7 @@ class _RankValues(Pass):
     def start(self, unit: Unit, done: Results) -> Any:
         places = done[self.name]
         bins = sorted({high for high, _ in places})
-        return {"places": places, "found": {high: _LowHistogram() for high in bins}}
+        return {"places": places, "found": {high: LowHalves() for high in bins}}
 
     def update(self, state: Any, block: RowBlock) -> None:
         bits = _bits(self.scores(block))
@@ -228,43 +227,8 @@ class _RankValues(Pass):
 
     def finish(self, state: Any) -> list[float]:
         histograms = {high: found.counted() for high, found in state["found"].items()}
-        found = [high << 16 | _descend(histograms[high], within)[0] for high, within in state["places"]]
+        found = [high << 16 | descend(histograms[high], within)[0] for high, within in state["places"]]
         return [struct.unpack("<f", struct.pack("<I", bits))[0] for bits in found]
-
-
-class _LowHistogram:
-    """How often each low half occurs among the scores with a given high half; a few blocks are counted together."""
-
-    def __init__(self) -> None:
-        self._waiting: list[Tensor] = []
-        self._histograms: list[Tensor | None] = [None]
-
-    def add(self, bits: Tensor, high: int) -> None:
-        """Take in the flat bit patterns of a block."""
-        if bits.device.type == "cpu":  # numpy picks the few out several times faster
-            import torch
-
-            values = bits.numpy()
-            inside = torch.from_numpy(values[values >> 16 == high])
-        else:
-            inside = bits[bits >> 16 == high]
-        self._waiting.append(inside.bitwise_and_(0xFFFF))
-        if sum(map(len, self._waiting)) >= _COUNTED_TOGETHER:
-            self._count()
-
-    def counted(self) -> Tensor:
-        """65,536 counts."""
-        self._count()
-        (histogram,) = self._histograms
-        assert histogram is not None  # there was at least one block
-        return histogram
-
-    def _count(self) -> None:
-        import torch
-
-        if self._waiting:
-            _add(self._histograms, 0, torch.cat(self._waiting).bincount(minlength=1 << 16))
-            self._waiting.clear()
 
 
 def _bits(scores: Tensor) -> Tensor:
@@ -277,16 +241,3 @@ def _int32() -> Any:
     import torch
 
     return torch.int32
-
-
-def _add(histograms: list[Tensor | None], index: int, histogram: Tensor) -> None:
-    total = histograms[index]
-    histograms[index] = histogram if total is None else total.add_(histogram)
-
-
-def _descend(histogram: Tensor, count: int) -> tuple[int, int]:
-    """The bin of the count-th largest value, and how many values of that bin are among the `count` largest."""
-    from_top = histogram.flip(0).cumsum(0)
-    position = int((from_top < count).sum())
-    above = int(from_top[position - 1]) if position else 0
-    return len(histogram) - 1 - position, count - above

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from streammerge.methods.api import ExpertParameters, Method, Pass, Results, RowBlock, TensorContext, Unit
-from streammerge.methods.indicators import above, at_least, equal, one_for_zero, unequal
+from streammerge.methods.indicators import above, at_least, equal, one_for_zero, scaled, unequal
 from streammerge.methods.selection import top_k_passes
 from streammerge.schema import Strict
 
@@ -52,9 +52,9 @@ class Ties(Method):
         selections = results["selection"]
         vectors = []
         for vector, selection, expert in zip(block.task_vectors, selections, self.experts, strict=True):
-            vectors.append((vector * selection.mask(vector, block.offset)).mul_(expert.coefficient))
+            vectors.append(scaled(vector * selection.mask(vector, block.offset), expert.coefficient))
         divisors = [expert.coefficient for expert in self.experts] if self.parameters.normalize else None
-        return (disjoint_merge(vectors, divisors) * self.parameters.scale).add_(block.base)
+        return block.base + scaled(disjoint_merge(vectors, divisors), self.parameters.scale)
 
     def report(self, tensor: TensorContext, results: Results) -> dict[str, Any]:
         return {
@@ -77,7 +77,7 @@ def disjoint_merge(
     """
     if positive is None:
         if len(vectors) == 1 and (divisors is None or divisors[0] > 0):  # it agrees with itself wherever it is not 0
-            return vectors[0] if divisors is None else vectors[0] / divisors[0]
+            return vectors[0] if divisors is None or divisors[0] == 1 else vectors[0] / divisors[0]
         positive = elects_plus(vectors)
     merged = divisor = None
     for i, vector in enumerate(vectors):
