@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,11 +11,13 @@ from pathlib import Path
 import merge_speed
 import pytest
 import raw_copy
+import scaling
 import start_up
 import where_time_goes
 from make_checkpoints import make_pair
 from measuring import CommandFailed, Runs, Usage, in_turn, measure
 
+from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.methods import METHODS
 
 
@@ -127,3 +130,41 @@ def test_the_clock_counts_what_is_called_inside_only_once() -> None:
     (times,) = clock.threads.values()
     assert (times["inner"][2], times["outer"][2]) == (2, 1)
     assert 0.04 <= times["inner"][0] < times["inner"][0] + times["outer"][0] <= whole
+
+
+def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--smallest", "tiny", "--largest", "tiny", "--experts-shape", "tiny", "--experts", "1", "3"]
+    files = ["--json", str(tmp_path / "json"), "--plot", str(tmp_path / "plot.svg"), "--out", str(tmp_path / "out")]
+    assert scaling.main([*options, *files, "--methods", "task_arithmetic", "--runs", "1"]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[:2] for row in rows] == [
+        ["method", "parameters"],
+        ["task_arithmetic", "0.00B"],
+        ["raw", "0.00B"],
+        ["method", "experts"],
+        *[["task_arithmetic", "1"], ["task_arithmetic", "3"], ["raw", "1"], ["raw", "3"]],
+    ]
+    assert [row[4] for row in rows if row[0] == "raw"] == ["1.00"] * 3
+    points = json.loads((tmp_path / "json").read_text())
+    assert points["parameters"][0]["parameters"] == scaling.parameters("tiny")
+    assert points["left_out"] == []
+    assert "</svg>" in (tmp_path / "plot.svg").read_text()
+    assert [*(tmp_path / "out").iterdir()] == []
+
+
+def test_a_size_that_does_not_fit_the_disk_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = type(shutil.disk_usage(tmp_path))
+    needed = 3 * 2 * scaling.parameters("tiny")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(needed, 0, needed))
+    options = ["--smallest", "tiny", "--largest", "tiny", "--experts-shape", "tiny", "--out", str(tmp_path)]
+    assert scaling.main([*options, "--runs", "1"]) == 0
+    assert capsys.readouterr().out.count("the disk is too small") == 2
+
+
+def test_the_parameters_are_those_that_are_written(tmp_path: Path) -> None:
+    base, _ = make_pair("tiny", tmp_path / "pair", say=lambda line: None)
+    with Checkpoint.open(base) as checkpoint:
+        assert scaling.parameters("tiny") == sum(info.numel for info in checkpoint.tensors.values())
+    assert 0.09e9 < scaling.parameters("0.1b") < 0.11e9
