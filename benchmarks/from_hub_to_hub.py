@@ -17,13 +17,13 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 from make_checkpoints import SHAPES, make_pair
+from measuring import measure
 from memory import OURS
 
 from streammerge.testing import Hub
@@ -34,16 +34,6 @@ WAYS = {
     "pushed by Xet": "512MiB",
 }  # --max-ram; with 376 MiB or more Xet is used
 READING = ("info", "resolve", "download")
-
-
-# A process of its own in between: what is measured begins with the memory of whoever starts it, here of a whole Hub.
-BETWEEN = """
-import os, subprocess, sys
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
-_, status, usage = os.wait4(process.pid, 0)
-print(usage.ru_maxrss / 1024)
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
 
 
 def measured(command: list[str], environment: Mapping[str, str], home: Path) -> tuple[float, int]:
@@ -60,14 +50,11 @@ def measured(command: list[str], environment: Mapping[str, str], home: Path) -> 
     watcher = threading.Thread(target=look)
     watcher.start()
     try:
-        called = [sys.executable, "-c", BETWEEN, *command]
-        ended = subprocess.run(called, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
+        peak = measure(command, environment).peak
     finally:
         done.set()
         watcher.join()
-    if ended.returncode:
-        raise SystemExit(f"{' '.join(command)}: exit status {ended.returncode}")
-    return float(ended.stdout), most
+    return peak, most
 
 
 def row(hub: Hub, method: str, way: str, shard: str, out: Path) -> str:

@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from make_checkpoints import SHAPES, make_pair
+from measuring import measure
 
 from streammerge import METHODS
 from streammerge.catalogue import cost_of
@@ -31,16 +32,6 @@ from streammerge.errors import OutputExistsError
 WORDS, LINE = 200_000, 100  # words of the calibration text, and words in a line of it
 SENTENCE = "the cat sat on a mat and then some numbers were added until nothing was left to prove here"
 OURS = [sys.executable, "-m", "streammerge"]
-
-
-def measured(command: list[str]) -> tuple[float, float]:
-    """Run a command to its end; peak resident MiB and processor seconds."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)}: exit status {process.returncode}")
-    return usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime
 
 
 def make_models(shape: str, folder: Path) -> None:
@@ -77,11 +68,11 @@ def row(method: str, folder: Path, out: Path) -> str:
     called = options(method, folder)
     plan = subprocess.run([*OURS, "plan", *called, "--json"], check=True, stdout=subprocess.PIPE, text=True)
     planned = json.loads(plan.stdout)["peak_host_bytes"] / 2**20
-    peak, seconds = measured([*OURS, "merge", *called, "--out", str(out), "--quiet"])
-    measured([*OURS, "verify", str(out), "--quiet"])
+    used = measure([*OURS, "merge", *called, "--out", str(out), "--quiet"])
+    measure([*OURS, "verify", str(out), "--quiet"])
     before = ", ".join(cost_of(method).before) or "-"
     fewest = METHODS[method].fewest_experts
-    return f"| `{method}` | {fewest} | {before} | {peak:.0f} MiB | {planned:.0f} MiB | {seconds:.0f} s | yes |"
+    return f"| `{method}` | {fewest} | {before} | {used.peak:.0f} MiB | {planned:.0f} MiB | {used.cpu:.0f} s | yes |"
 
 
 def main(argv: list[str] | None = None) -> None:

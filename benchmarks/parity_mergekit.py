@@ -28,6 +28,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from measuring import processor
 from parity import chance, equality
 from parity.bench import Bench
 from parity.cases import CASES, NO_PEER
@@ -163,14 +164,6 @@ def lines(results: Results) -> Iterator[str]:
     yield "\n**No peer:** " + "; ".join(f"`{method}` ({why})" for method, why in NO_PEER.items() if method in METHODS)
     for method in uncovered():
         yield f"NO CASE: `{method}` has neither a case nor a reason for having none"
-
-
-def processor() -> str:
-    """Its name, where the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -135,7 +135,7 @@ def check(stream: Stream, found: Found) -> tuple[str, int, int]:
     digest, kept, seen = hashlib.sha256(), 0, 0
     for block in stream.blocks():
         scores = block.stored[0]
-        mask = selection.mask(scores, block.offset)
+        mask = selection.mask(scores, block.offset).bool()
         ties = scores == threshold
         places = ties.flatten().cumsum(0).view(ties.shape) + seen
         expected = (scores > threshold) | (ties & (places <= k - larger))
@@ -156,7 +156,7 @@ def check_sorted(kind: str, elements: int) -> None:
     scores = torch.cat([block.stored[0] for block in stream.blocks()]).flatten()
     expected = torch.zeros(len(scores), dtype=torch.bool)
     expected[scores.argsort(descending=True, stable=True)[: kept_count(DENSITY, len(scores))]] = True
-    require(torch.equal(selection.mask(scores, 0), expected), f"{kind}: not what a stable sort gives")
+    require(torch.equal(selection.mask(scores, 0).bool(), expected), f"{kind}: not what a stable sort gives")
 
 
 def require(condition: bool, otherwise: str) -> None:

@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Lock
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from streammerge.checkpoints.buffers import as_bytes
-from streammerge.checkpoints.checkpoint import Checkpoint, count_nonfinite, torch_dtype
+from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.room import DiskRoom
-from streammerge.errors import CheckpointError, IncompatibleCheckpointsError
-from streammerge.heap import one_heap
+from streammerge.errors import IncompatibleCheckpointsError
+from streammerge.heap import temporaries_kept
 from streammerge.methods.api import Method, RowBlock, TensorContext, Unit
 from streammerge.plan import MergePlan
 from streammerge.progress import progress_bar
-from streammerge.stream import Input, Inputs, RowReader, batches
+from streammerge.stream import Input, Inputs, RowReader, RowWriter, Writer, batches
 from streammerge.workers import single_threaded_torch
-
-
-class Writer(Protocol):
-    """What takes the merged rows: a `CheckpointWriter`, or what compares them with one that is there."""
-
-    @property
-    def entries(self) -> Mapping[str, Any]: ...
-
-    def is_complete(self, name: str) -> bool: ...
-
-    def write(self, name: str, start: int, data: memoryview) -> None: ...
-
-    def complete(self, name: str, entry: Mapping[str, Any]) -> None: ...
-
-    def wait(self) -> None: ...
 
 
 class Engine:
@@ -71,7 +53,7 @@ class Engine:
         units = [unit for unit in self.plan.units if left[unit.key]]
         if self.room is not None:
             self.room.expect({unit.key: left[unit.key] for unit in units})
-        one_heap()  # a heap for every thread would set aside 64 MiB of addresses each, which a limit on them counts
+        temporaries_kept()
         with single_threaded_torch():
             surveys: dict[TensorContext, Any] = {}
             if surveyed:
@@ -138,7 +120,7 @@ class Engine:
         tensor = unit.tensors[0]
         survey = self.method.survey(tensor)
         assert survey is not None  # only such tensors are in the list
-        reader.open(unit)
+        reader.open(unit, once=True)
         state = survey.start(unit, {})
         for block in reader.blocks():
             survey.update(state, block)
@@ -156,7 +138,6 @@ class Engine:
         passes = list(self.method.passes(unit)) if action == "merge" else []
         inputs = reader.open(unit, once=not any(step.reads_rows for step in passes))
         results: dict[str, Any] = {}
-        nonfinite: Counter[str] = Counter()
         if action == "merge":
             if self.plan.calibrated is not None:
                 results["calibrated"] = {tensor.name: self.plan.calibrated.of(tensor.name) for tensor in unit.tensors}
@@ -166,33 +147,23 @@ class Engine:
                     for block in reader.blocks() if step.reads_rows else ():
                         step.update(state, block)
                     results[step.name] = step.finish(state)
+        out = RowWriter(self.writer, self.plan.recipe.allow_nonfinite)
+        complete = {tensor.name for tensor in unit.tensors if self.writer.is_complete(tensor.name)}
         for block in reader.blocks():
             if action == "same":
                 self._require_same(block, inputs[block.tensor.name])
             merged = self.method.apply(block, results) if action == "merge" else block.stored[0]
-            nonfinite[block.tensor.name] += self._write(block, merged)
+            if block.tensor.name not in complete:
+                out.add(block, merged)
+                if block.row + len(merged) == block.tensor.rows:
+                    out.flush()
         for tensor in unit.tensors:
-            if not self.writer.is_complete(tensor.name):
+            if tensor.name not in complete:
                 report = self.method.report(tensor, results) if action == "merge" else {}
                 facts = {"block": tensor.block, "dtype": tensor.dtype, "shape": list(tensor.shape)}
-                counted = {"nonfinite": nonfinite[tensor.name]} if nonfinite[tensor.name] else {}
+                counted = {"nonfinite": out.nonfinite[tensor.name]} if out.nonfinite[tensor.name] else {}
                 entry = {**facts, "numel": tensor.numel, **_scalars(report), **counted}
                 self.writer.complete(tensor.name, entry)
-
-    def _write(self, block: RowBlock, merged: Tensor) -> int:
-        """Write the rows in the output's dtype; how many of the values are NaN or Inf, where these are let through."""
-        name, dtype = block.tensor.name, block.tensor.dtype
-        if self.writer.is_complete(name):
-            return 0
-        stored = merged.to(torch_dtype(dtype)).contiguous()
-        bad = count_nonfinite(stored) if stored.is_floating_point() else 0
-        if bad and not self.plan.recipe.allow_nonfinite:
-            raise CheckpointError(
-                f"tensor {name!r}: {bad} of its merged values are too large for {dtype} (NaN or Inf): take smaller "
-                "coefficients, or let them through with --allow-nonfinite"
-            )
-        self.writer.write(name, block.row * block.tensor.columns * stored.element_size(), as_bytes(stored))
-        return bad
 
     def _survey_inputs(self, unit: Unit) -> dict[str, Inputs]:
         (tensor,) = unit.tensors

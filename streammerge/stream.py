@@ -1,23 +1,27 @@
-"""Row blocks of a unit, read into one reused buffer within a budget.
+"""Row blocks of a unit, read into one reused buffer within a budget, and written a piece at a time.
 
-A unit whose inputs fit the buffer is read once and kept for all its passes, together with small ones beside it, so
-that a model on the Hub is not asked for a few bytes at a time. A larger one is read again, a run of whole tiles at a
-time, for each. What a method sees is the same either way: one tile after another.
+A unit whose inputs fit the buffer is read once and kept for all its passes. A larger one is read again, a run of whole
+tiles at a time, for each. What a method sees is the same either way: one tile after another. From a local disk runs are
+short, so that they are still in the processor's cache when they are used. A model on the Hub is not asked for a few
+bytes at a time: what fits is fetched whole, together with small units beside it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from streammerge.budget import aligned, run_bytes, unit_bytes
 from streammerge.checkpoints.buffers import as_bytes
-from streammerge.checkpoints.checkpoint import Checkpoint, require_finite, torch_dtype
+from streammerge.checkpoints.checkpoint import Checkpoint, count_nonfinite, require_finite, torch_dtype
 from streammerge.checkpoints.checksum import add, part_sum
 from streammerge.checkpoints.header import TensorInfo
+from streammerge.errors import CheckpointError
 from streammerge.methods.api import RowBlock, TensorContext, Unit
 
 
@@ -49,6 +53,7 @@ class Inputs:
 Batch = Sequence[tuple[Unit, Mapping[str, Inputs]]]
 
 SMALL = 1 << 20  # bytes; units smaller than this, together, are read with the one before them
+PIECE = 1 << 20  # bytes of an input read at a time from a local disk, and of the output written: a share of the cache
 
 
 def batches(units: Iterable[tuple[Unit, Mapping[str, Inputs]]], buffer_bytes: int) -> Iterator[Batch]:
@@ -100,24 +105,29 @@ class RowReader:
                 raw = self._buffer[position : position + source.info.nbytes]
                 parts.setdefault(source.model, []).append((source.info, 0, as_bytes(raw)))
                 position += aligned(source.info.nbytes)
+        self._streamed = any(model.is_streamed(info) for model, of in parts.items() for info, _, _ in of)
         if position > len(self._buffer):
             return
         self._places = places
-        for model, of_model in parts.items():
-            model.read_many(of_model)
-            for info, _, data in of_model:
-                if self._again or model.is_known(info):
-                    model.confirm(info, part_sum(data))
-            self._advance(sum(info.nbytes for info, _, _ in of_model))
+        if self._streamed:
+            for model, of_model in parts.items():
+                model.read_many(of_model)
+                for info, _, data in of_model:
+                    if self._again or model.is_known(info):
+                        model.confirm(info, part_sum(data))
+                self._advance(sum(info.nbytes for info, _, _ in of_model))
 
     def open(self, unit: Unit, once: bool = False) -> Mapping[str, Inputs]:
         """Make a unit of the batch the one that `blocks` walks, `once` or more often."""
         self._unit, self._inputs = unit, self._batch[unit.key]
-        self._once = once and not self._again
+        self._once = once
         self._kept: list[_Run] | None = None
         self._checked = self._allow_nonfinite
-        loaded = unit.key in self._places
-        self.bytes_read = sum(info.nbytes for i in self._inputs.values() for info in i.infos) if loaded else 0
+        self._position = self._places.get(unit.key)
+        self._loaded = self._streamed and self._position is not None
+        if once and not self._loaded:
+            self._position = None  # read through the same small piece of the buffer
+        self.bytes_read = sum(info.nbytes for i in self._inputs.values() for info in i.infos) if self._loaded else 0
         return self._inputs
 
     def blocks(self) -> Iterator[RowBlock]:
@@ -125,64 +135,148 @@ class RowReader:
         if self._kept is not None:
             yield from (tile for run in self._kept for tile in run.tiles())
             return
-        position = self._places.get(self._unit.key)
+        position, offset = self._position, 0
         kept: list[_Run] = []
-        offset = 0
         for tensor in self._unit.tensors:
-            step = self._rows_that_fit(tensor) if position is None else tensor.rows
+            infos = self._inputs[tensor.name].infos
+            step = tensor.rows if self._loaded else self._rows_at_once(tensor)
             sums = [0 if self._is_compared(source) else None for source in self._inputs[tensor.name].all]
             for first in range(0, tensor.rows, max(step, 1)):
                 rows = min(step, tensor.rows - first)
-                if position is None:
-                    self._read(tensor, first, rows, sums)
-                run = self._run(tensor, first, rows, position or 0, offset)
+                starts = list(_starts(tensor, infos, position, first, rows))
+                if not self._loaded:
+                    self._read(tensor, first, rows, starts, sums)
+                run = self._run(tensor, first, rows, starts, offset)
                 yield from run.tiles()
                 if position is not None:
-                    position += run_bytes(tensor, self._inputs[tensor.name].infos, rows)
                     kept.append(run)
+            if position is not None:
+                position += run_bytes(tensor, infos, tensor.rows)
             offset += tensor.numel
             for source, checksum in zip(self._inputs[tensor.name].all, sums, strict=True):
-                if position is None and checksum is not None:
+                if checksum is not None:
                     source.model.confirm(source.info, checksum)
         self._checked = True
         if position is not None:
             self._kept = kept
 
-    def _rows_that_fit(self, tensor: TensorContext) -> int:
-        tile = run_bytes(tensor, self._inputs[tensor.name].infos, tensor.tile_rows)
-        return max(1, len(self._buffer) // max(tile, 1)) * tensor.tile_rows
+    def _rows_at_once(self, tensor: TensorContext) -> int:
+        infos = self._inputs[tensor.name].infos
+        room = len(self._buffer) if self._streamed else min(len(self._buffer), PIECE * len(infos))
+        return max(1, room // max(run_bytes(tensor, infos, tensor.tile_rows), 1)) * tensor.tile_rows
 
-    def _read(self, tensor: TensorContext, first: int, rows: int, sums: list[int | None]) -> None:
-        """Some rows of every input, from the start of the buffer on; added to the checksums that are asked for."""
-        position = 0
-        for number, (source, checksum) in enumerate(zip(self._inputs[tensor.name].all, sums, strict=True)):
+    def _read(
+        self, tensor: TensorContext, first: int, rows: int, starts: Sequence[int], sums: list[int | None]
+    ) -> None:
+        """Some rows of every input, to where they start in the buffer; added to the checksums that are asked for."""
+        for number, source in enumerate(self._inputs[tensor.name].all):
             row_bytes = source.info.nbytes // tensor.rows
-            raw = self._buffer[position : position + rows * row_bytes]
+            raw = self._buffer[starts[number] : starts[number] + rows * row_bytes]
             source.model.read_into(source.info, first * row_bytes, as_bytes(raw))
             self._advance(len(raw))
             self.bytes_read += len(raw)
-            position += aligned(len(raw))
-            if checksum is not None:
-                sums[number] = add(checksum, part_sum(as_bytes(raw), first * row_bytes))
+            if (known := sums[number]) is not None:
+                sums[number] = add(known, part_sum(as_bytes(raw), first * row_bytes))
 
     def _is_compared(self, source: Input) -> bool:
-        return not self._once or source.model.is_known(source.info)
+        """Whether what `blocks` reads now was read before, or will be again."""
+        again = self._again or (self._position is None and not self._once)
+        return not self._loaded and (again or source.model.is_known(source.info))
 
-    def _run(self, tensor: TensorContext, first: int, rows: int, position: int, offset: int) -> _Run:
-        """Rows that lie in the buffer from `position` on; looked through for NaN and Inf the first time."""
+    def _run(self, tensor: TensorContext, first: int, rows: int, starts: Sequence[int], offset: int) -> _Run:
+        """Rows that lie in the buffer; looked through for NaN and Inf the first time."""
         inputs = self._inputs[tensor.name]
         views = []
-        for source in inputs.all:
-            raw = self._buffer[position : position + rows * (source.info.nbytes // tensor.rows)]
+        for source, start in zip(inputs.all, starts, strict=True):
+            raw = self._buffer[start : start + rows * (source.info.nbytes // tensor.rows)]
             view = raw.view(torch_dtype(source.info.dtype)).view(rows, tensor.columns)
             if not self._checked and source.info.floating:
                 for tile in view.split(tensor.tile_rows):
                     require_finite(tile, source.info, source.model.id)
             views.append(view)
-            position += aligned(len(raw))
         models = len(views) - len(inputs.fishers)
         compute = torch.float64 if any(source.info.dtype == "F64" for source in inputs.all) else torch.float32
         return _Run(tensor, offset, first, views[:models], views[models:], compute)
+
+
+def _starts(
+    tensor: TensorContext, infos: Sequence[TensorInfo], position: int | None, first: int, rows: int
+) -> Iterator[int]:
+    """Where in the buffer some rows of every input begin: one after another, or in the whole kept at `position`."""
+    start = position or 0
+    for info in infos:
+        row_bytes = info.nbytes // tensor.rows
+        yield start if position is None else start + first * row_bytes
+        start += aligned(rows * row_bytes if position is None else info.nbytes)
+
+
+class Writer(Protocol):
+    """What takes the merged rows: a `CheckpointWriter`, or what compares them with one that is there."""
+
+    @property
+    def entries(self) -> Mapping[str, Any]: ...
+
+    def is_complete(self, name: str) -> bool: ...
+
+    def write(self, name: str, start: int, data: memoryview) -> None: ...
+
+    def complete(self, name: str, entry: Mapping[str, Any]) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+class RowWriter:
+    """Gathers merged tiles in the output's dtype, and writes a piece of a tensor at a time.
+
+    Args:
+        writer: takes the pieces.
+        allow_nonfinite: let NaN and Inf through.
+
+    Attributes:
+        nonfinite: tensor name -> how many NaN and Inf were written.
+    """
+
+    def __init__(self, writer: Writer, allow_nonfinite: bool) -> None:
+        self._writer, self._allow_nonfinite = writer, allow_nonfinite
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._filled = 0
+        self.nonfinite: Counter[str] = Counter()
+
+    def add(self, block: RowBlock, merged: Tensor) -> None:
+        """The next tile of the tensor; the first one may be any."""
+        dtype = torch_dtype(block.tensor.dtype)
+        count = merged.numel() * dtype.itemsize
+        if self._filled + count > len(self._memory):
+            self.flush()
+            if count > len(self._memory):
+                whole = block.tensor.numel * dtype.itemsize
+                self._memory = torch.empty(max(count, min(PIECE, whole)), dtype=torch.uint8)
+        if not self._filled:
+            self._tensor, self._start = block.tensor, block.row * block.tensor.columns * dtype.itemsize
+        self._memory[self._filled : self._filled + count].view(dtype).view(merged.shape).copy_(merged)
+        self._filled += count
+
+    def flush(self) -> None:
+        """Write what has been gathered; to be called behind the last tile of a tensor.
+
+        Raises:
+            CheckpointError: it holds NaN or Inf, which are not to be let through.
+        """
+        if self._filled:
+            piece = self._memory[: self._filled]
+            self._count(piece.view(torch_dtype(self._tensor.dtype)))
+            self._writer.write(self._tensor.name, self._start, as_bytes(piece))
+            self._filled = 0
+
+    def _count(self, values: Tensor) -> None:
+        name, dtype = self._tensor.name, self._tensor.dtype
+        if bad := count_nonfinite(values) if values.is_floating_point() else 0:
+            if not self._allow_nonfinite:
+                raise CheckpointError(
+                    f"tensor {name!r}: {bad} of its merged values are too large for {dtype} (NaN or Inf): take smaller "
+                    "coefficients, or let them through with --allow-nonfinite"
+                )
+            self.nonfinite[name] += bad
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -257,7 +258,7 @@ def count_nonfinite(values: Tensor) -> int:
     (a sum may also overflow) are the elements looked at.
     """
     values = values.float() if values.element_size() == 1 else values  # torch cannot sum float8
-    return 0 if values.sum().isfinite() else int(values.isfinite().logical_not().sum())
+    return 0 if math.isfinite(values.sum().item()) else int(values.isfinite().logical_not().sum())
 
 
 _BLOCK = re.compile(r"^(.*?\b(?:layers|h|blocks|layer|block))\.(\d+)\.")

@@ -135,13 +135,13 @@ class AcmTies(AcmTa):
     summary = "block coefficients from mutual information, trim by magnitude, elect sign, disjoint mean"
 
     def passes(self, unit: Unit) -> Sequence[Pass]:
-        return top_k_passes(_magnitudes, [expert.density for expert in self.experts])
+        return top_k_passes(lambda block: block.task_vectors, [expert.density for expert in self.experts])
 
     def apply(self, block: RowBlock, results: Results) -> Tensor:
         vectors = []
         coefficients = self._coefficients(block.tensor)
         for vector, selection, coefficient in zip(block.task_vectors, results["selection"], coefficients, strict=True):
-            vectors.append(vector * selection.mask(vector.abs(), block.offset) * coefficient)
+            vectors.append(vector * selection.mask(vector, block.offset) * coefficient)
         return block.base + disjoint_merge(vectors, [1.0] * len(vectors))
 
     def report(self, tensor: TensorContext, results: Results) -> dict[str, Any]:
@@ -162,7 +162,3 @@ def place_of(tensor: TensorContext) -> str:
     if last in ("lm_head", "embed_out", "output"):
         return "head"
     return "norm" if "norm" in last or last == "ln_f" else "embedding"
-
-
-def _magnitudes(block: RowBlock) -> list[Tensor]:
-    return [vector.abs() for vector in block.task_vectors]

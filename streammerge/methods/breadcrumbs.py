@@ -51,12 +51,11 @@ class Breadcrumbs(SparseMethod):
             kept = kept_count(expert.density, unit.numel)
             outliers = min(kept_count(self.parameters.gamma, unit.numel), unit.numel - kept)
             shares += [count / max(unit.numel, 1) for count in (outliers, outliers + kept)]
-        return top_k_passes(_magnitudes_twice, shares)
+        return top_k_passes(lambda block: [v for vector in block.task_vectors for v in [vector] * 2], shares)
 
     def sparsify(self, expert: int, vector: Tensor, block: RowBlock, results: Results) -> Sparse:
-        magnitudes = vector.abs()
         outliers, largest = results["selection"][2 * expert : 2 * expert + 2]
-        mask = largest.mask(magnitudes, block.offset) & ~outliers.mask(magnitudes, block.offset)
+        mask = largest.mask(vector, block.offset).sub_(outliers.mask(vector, block.offset))  # of which they are a part
         return mask, vector * mask
 
 
@@ -72,8 +71,3 @@ class BreadcrumbsTies(Breadcrumbs):
 
     summary = "drop outliers and small entries, elect sign, disjoint sum"
     elects = True
-
-
-def _magnitudes_twice(block: RowBlock) -> list[Tensor]:
-    """Per expert, one for each of its two thresholds."""
-    return [magnitudes for vector in block.task_vectors for magnitudes in [vector.abs()] * 2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from streammerge.methods.api import Results, RowBlock
+from streammerge.methods.indicators import below
 from streammerge.methods.sparse import RandomlySparseMethod, RandomParameters, Sparse
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class DareLinear(RandomlySparseMethod):
     elects = False
 
     def sparsify(self, expert: int, vector: Tensor, block: RowBlock, results: Results) -> Sparse:
-        mask = self.draws(expert, block) < self.experts[expert].density
+        mask = below(self.draws(expert, block), self.experts[expert].density)
         return mask, vector * mask
 
     def factors(self, results: Results) -> list[float] | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from streammerge.methods.api import Results, RowBlock
+from streammerge.methods.indicators import below, one_for_zero
 from streammerge.methods.sparse import RandomExpert, RandomlySparseMethod, RandomParameters, Sparse
 from streammerge.schema import Strict
 
@@ -53,10 +54,10 @@ class Della(RandomlySparseMethod):
 
     def sparsify(self, expert: int, vector: Tensor, block: RowBlock, results: Results) -> Sparse:
         keep = keep_probabilities(vector, self.experts[expert].density, self.parameters.epsilon)
-        mask = self.draws(expert, block) < keep
+        mask = below(self.draws(expert, block), keep)
         sparse = vector * mask
         if self.parameters.rescale == "density":
-            sparse = sparse / keep.masked_fill_(keep == 0, 1.0)
+            sparse = sparse / one_for_zero(keep)
         return mask, sparse
 
 

@@ -99,6 +99,8 @@ class GramPass(Pass):
         return {"unit": unit, "sums": {}, "scratch": []}
 
     def update(self, state: Any, block: RowBlock) -> None:
+        import torch
+
         vectors, sums = self.vectors(block), state["sums"]
         squares, *wide = _scratch(state, len(vectors) + 1 + (self.metric is not None), block.base)
         metric = wide.pop().copy_(self.metric(block)) if self.metric is not None else None
@@ -106,10 +108,10 @@ class GramPass(Pass):
             wide[i].copy_(vector)
         for i, vector in enumerate(wide):
             for j in range(i, len(wide)):
-                squares.copy_(vector)
-                if j != i:
-                    squares.sub_(wide[j])
-                squares.square_()
+                if j == i:
+                    torch.mul(vector, vector, out=squares)
+                else:
+                    torch.sub(vector, wide[j], out=squares).square_()
                 if metric is not None:
                     squares.mul_(metric)
                 sums.setdefault((i, j), []).extend(exact_sum(squares))
@@ -163,7 +165,7 @@ def add_scaled(start: Tensor, vectors: Sequence[Tensor], coefficients: Sequence[
     merged = start
     for vector, coefficient in zip(vectors, coefficients, strict=True):
         factor = coefficient if isinstance(coefficient, (int, float)) else coefficient.to(start.dtype)
-        merged = merged + vector * factor
+        merged = (vector * factor).add_(merged)
     return merged
 
 

@@ -63,7 +63,7 @@ class Linear(Method):
     def apply(self, block: RowBlock, results: Results) -> Tensor:
         merged = block.base * self._base
         for expert, coefficient in zip(block.experts, self._experts, strict=True):
-            merged += expert * coefficient
+            merged.add_(expert * coefficient)
         factor = results.get("rescale", 1.0)
         return merged if factor == 1 else merged * factor
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.methods.api import Pass, Results, RowBlock, Unit
+from streammerge.methods.histograms import HighHalves, LowHalves, descend
+from streammerge.methods.indicators import above, at_least, equal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,17 +55,17 @@ class Selection:
         return self.cutoff is not None
 
     def mask(self, scores: Tensor, offset: int) -> Tensor:
-        """True where an element is kept: scores [r, c], the first of them at flat index `offset`."""
+        """1 where an element is kept, else 0, float32: scores [r, c], the first of them at flat index `offset`."""
         bits = _bits(scores)
         cutoff = self.cutoff or 0
         before = min(max(cutoff - offset, 0), bits.numel())  # elements of this block whose ties are kept
         if before == bits.numel():
-            mask = bits >= self.threshold
+            mask = at_least(bits, self.threshold)
         else:
-            mask = bits > self.threshold
+            mask = above(bits, self.threshold)
             if before:
-                mask[:before] = bits[:before] >= self.threshold
-        return mask.view(scores.shape)
+                mask[:before] = at_least(bits[:before], self.threshold)
+        return mask.float().view(scores.shape)
 
 
 def top_k_passes(scores: Scores, densities: Sequence[float], name: str = "selection") -> list[Pass]:
@@ -107,23 +109,22 @@ class _HighBits(Pass):
 
     def start(self, unit: Unit, done: Results) -> Any:
         counts = self.counts(unit, done)
-        return {"kept": counts, "numel": unit.numel, "histograms": [None] * len(counts)}
+        return {"kept": counts, "numel": unit.numel, "found": [HighHalves() for _ in counts]}
 
     def update(self, state: Any, block: RowBlock) -> None:
         for i, scores in enumerate(self.scores(block)):
             if 0 < state["kept"][i] < state["numel"]:
-                histogram = (_bits(scores) >> 16).bincount(minlength=1 << 15)
-                _add(state["histograms"], i, histogram)
+                state["found"][i].add(_bits(scores))
 
     def finish(self, state: Any) -> list[Selection]:
         selections = []
-        for kept, histogram in zip(state["kept"], state["histograms"], strict=True):
+        for kept, found in zip(state["kept"], state["found"], strict=True):
             if kept == 0:
                 selections.append(Selection(0, _NOTHING, 0, 0))
             elif kept == state["numel"]:
                 selections.append(Selection(kept, _EVERYTHING, 0, 0))
             else:
-                high, within = _descend(histogram, kept)
+                high, within = descend(found.counted(), kept)
                 selections.append(Selection(kept, high << 16, within))
         return selections
 
@@ -138,21 +139,20 @@ class _LowBits(Pass):
         selections = done[self.name]
         if all(selection.is_final for selection in selections):
             return None
-        return {"selections": selections, "numel": unit.numel, "histograms": [None] * len(selections)}
+        return {"selections": selections, "numel": unit.numel, "found": [LowHalves() for _ in selections]}
 
     def update(self, state: Any, block: RowBlock) -> None:
         for i, scores in enumerate(self.scores(block)):
             selection = state["selections"][i]
             if not selection.is_final:
-                bits = _bits(scores)
-                inside = bits[(bits >> 16) == (selection.threshold >> 16)] & 0xFFFF
-                _add(state["histograms"], i, inside.bincount(minlength=1 << 16))
+                state["found"][i].add(_bits(scores), selection.threshold >> 16)
 
     def finish(self, state: Any) -> list[Selection]:
         refined = []
-        for selection, histogram in zip(state["selections"], state["histograms"], strict=True):
+        for selection, found in zip(state["selections"], state["found"], strict=True):
             if not selection.is_final:
-                low, ties = _descend(histogram, selection.ties)
+                histogram = found.counted()
+                low, ties = descend(histogram, selection.ties)
                 keeps_all = ties == int(histogram[low])
                 selection = replace(
                     selection,
@@ -177,15 +177,18 @@ class _Cutoff(Pass):
         return {"selections": list(selections), "left": [selection.ties for selection in selections]}
 
     def update(self, state: Any, block: RowBlock) -> None:
+        if all(selection.is_final for selection in state["selections"]):
+            return
         for i, scores in enumerate(self.scores(block)):
             selection = state["selections"][i]
             if selection.is_final:
                 continue
-            ties = (_bits(scores) == selection.threshold).nonzero()
-            if len(ties) >= state["left"][i]:
-                cutoff = block.offset + int(ties[state["left"][i] - 1]) + 1
+            ties = equal(_bits(scores), selection.threshold)
+            count = int(ties.sum())
+            if count >= state["left"][i]:
+                cutoff = block.offset + int(ties.nonzero()[state["left"][i] - 1]) + 1
                 state["selections"][i] = replace(selection, cutoff=cutoff)
-            state["left"][i] -= len(ties)
+            state["left"][i] -= count
 
     def finish(self, state: Any) -> list[Selection]:
         return state["selections"]  # type: ignore[no-any-return]
@@ -198,14 +201,14 @@ class _RankBins(Pass):
         self.scores, self.ranks, self.name = scores, ranks, name
 
     def start(self, unit: Unit, done: Results) -> Any:
-        return {"numel": unit.numel, "histograms": [None]}
+        return {"numel": unit.numel, "found": HighHalves()}
 
     def update(self, state: Any, block: RowBlock) -> None:
-        _add(state["histograms"], 0, (_bits(self.scores(block)) >> 16).bincount(minlength=1 << 15))
+        state["found"].add(_bits(self.scores(block)))
 
     def finish(self, state: Any) -> list[tuple[int, int]]:
-        (histogram,), numel = state["histograms"], state["numel"]
-        return [_descend(histogram, numel - rank) for rank in self.ranks(numel)]
+        histogram, numel = state["found"].counted(), state["numel"]
+        return [descend(histogram, numel - rank) for rank in self.ranks(numel)]
 
 
 class _RankValues(Pass):
@@ -215,17 +218,16 @@ class _RankValues(Pass):
     def start(self, unit: Unit, done: Results) -> Any:
         places = done[self.name]
         bins = sorted({high for high, _ in places})
-        return {"places": places, "bins": bins, "histograms": [None] * len(bins)}
+        return {"places": places, "found": {high: LowHalves() for high in bins}}
 
     def update(self, state: Any, block: RowBlock) -> None:
         bits = _bits(self.scores(block))
-        high = bits >> 16
-        for i, bin in enumerate(state["bins"]):
-            _add(state["histograms"], i, (bits[high == bin] & 0xFFFF).bincount(minlength=1 << 16))
+        for high, found in state["found"].items():
+            found.add(bits, high)
 
     def finish(self, state: Any) -> list[float]:
-        histograms = dict(zip(state["bins"], state["histograms"], strict=True))
-        found = [high << 16 | _descend(histograms[high], within)[0] for high, within in state["places"]]
+        histograms = {high: found.counted() for high, found in state["found"].items()}
+        found = [high << 16 | descend(histograms[high], within)[0] for high, within in state["places"]]
         return [struct.unpack("<f", struct.pack("<I", bits))[0] for bits in found]
 
 
@@ -239,16 +241,3 @@ def _int32() -> Any:
     import torch
 
     return torch.int32
-
-
-def _add(histograms: list[Tensor | None], index: int, histogram: Tensor) -> None:
-    total = histograms[index]
-    histograms[index] = histogram if total is None else total.add_(histogram)
-
-
-def _descend(histogram: Tensor, count: int) -> tuple[int, int]:
-    """The bin of the count-th largest value, and how many values of that bin are among the `count` largest."""
-    from_top = histogram.flip(0).cumsum(0)
-    position = int((from_top < count).sum())
-    above = int(from_top[position - 1]) if position else 0
-    return len(histogram) - 1 - position, count - above

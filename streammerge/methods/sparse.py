@@ -12,13 +12,14 @@ from pydantic import Field
 from streammerge.errors import RecipeError
 from streammerge.methods.api import ExpertParameters, Method, ModelFacts, Pass, Results, RowBlock, TensorContext, Unit
 from streammerge.methods.draws import stream_key, uniform
+from streammerge.methods.indicators import count, scaled
 from streammerge.methods.ties import disjoint_merge
 from streammerge.schema import Strict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Sparse = tuple["Tensor", "Tensor"]  # mask of what is kept, and the task vector without the rest
+Sparse = tuple["Tensor", "Tensor"]  # 1 where an entry is kept and 0 elsewhere, and the task vector without the rest
 
 
 class SparseParameters(Strict):
@@ -66,12 +67,11 @@ class SparseMethod(Method):
         vectors, kept = [], []
         for i, (vector, coefficient) in enumerate(zip(block.task_vectors, self._coefficients, strict=True)):
             mask, sparse = self.sparsify(i, vector, block, results)
-            kept.append(int(mask.count_nonzero()))
-            if factors is not None and factors[i] != 1:
-                sparse = sparse * factors[i]
-            vectors.append(sparse * coefficient)
+            kept.append(count(mask))
+            sparse = scaled(sparse, factors[i]) if factors is not None else sparse
+            vectors.append(scaled(sparse, coefficient))
         self._count(block, kept)
-        return block.base + self._merged(vectors) * self.parameters.scale
+        return block.base + scaled(self._merged(vectors), self.parameters.scale)
 
     def report(self, tensor: TensorContext, results: Results) -> dict[str, Any]:
         kept = self._kept.get(tensor.name, [0] * len(self.experts))  # an empty tensor has no rows to apply to

@@ -33,7 +33,7 @@ class TaskArithmetic(Method):
     def apply(self, block: RowBlock, results: Results) -> Tensor:
         merged = block.base
         for task_vector, expert in zip(block.task_vectors, self.experts, strict=True):
-            merged = merged + task_vector * expert.coefficient
+            merged = (task_vector * expert.coefficient).add_(merged)
         return merged
 
     def report(self, tensor: TensorContext, results: Results) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from streammerge.methods.api import ExpertParameters, Method, Pass, Results, RowBlock, TensorContext, Unit
+from streammerge.methods.indicators import above, at_least, equal, one_for_zero, scaled, unequal
 from streammerge.methods.selection import top_k_passes
 from streammerge.schema import Strict
 
@@ -45,15 +46,15 @@ class Ties(Method):
     parameters: TiesParameters
 
     def passes(self, unit: Unit) -> Sequence[Pass]:
-        return top_k_passes(_magnitudes, [expert.density for expert in self.experts])
+        return top_k_passes(lambda block: block.task_vectors, [expert.density for expert in self.experts])
 
     def apply(self, block: RowBlock, results: Results) -> Tensor:
         selections = results["selection"]
         vectors = []
         for vector, selection, expert in zip(block.task_vectors, selections, self.experts, strict=True):
-            vectors.append(vector * selection.mask(vector.abs(), block.offset) * expert.coefficient)
+            vectors.append(scaled(vector * selection.mask(vector, block.offset), expert.coefficient))
         divisors = [expert.coefficient for expert in self.experts] if self.parameters.normalize else None
-        return block.base + disjoint_merge(vectors, divisors) * self.parameters.scale
+        return block.base + scaled(disjoint_merge(vectors, divisors), self.parameters.scale)
 
     def report(self, tensor: TensorContext, results: Results) -> dict[str, Any]:
         return {
@@ -72,31 +73,29 @@ def disjoint_merge(
     Args:
         vectors: y, m times [r, c], scaled task vectors; exact zeros never agree.
         divisors: c per vector (1 each: divide by the count); None: do not divide.
-        positive: True where S is +; None: it is elected by the vectors, as above.
+        positive: 1 where S is +, else 0; None: it is elected by the vectors, as above.
     """
     if positive is None:
+        if len(vectors) == 1 and (divisors is None or divisors[0] > 0):  # it agrees with itself wherever it is not 0
+            return vectors[0] if divisors is None or divisors[0] == 1 else vectors[0] / divisors[0]
         positive = elects_plus(vectors)
     merged = divisor = None
     for i, vector in enumerate(vectors):
-        agrees = ((vector > 0) == positive) & (vector != 0)
+        agrees = equal(above(vector, 0), positive).mul_(unequal(vector, 0))
         part = vector * agrees
-        merged = part if merged is None else merged + part
+        merged = part if merged is None else merged.add_(part)
         if divisors is not None:
-            share = agrees.to(vector.dtype) * divisors[i]
-            divisor = share if divisor is None else divisor + share
+            share = agrees.mul_(divisors[i])
+            divisor = share if divisor is None else divisor.add_(share)
     assert merged is not None  # there is at least one expert
     if divisor is not None:
-        merged = merged / divisor.masked_fill(divisor == 0, 1.0)
+        merged.div_(one_for_zero(divisor))
     return merged
 
 
 def elects_plus(vectors: Sequence[Tensor]) -> Tensor:
-    """Where the sum of the vectors is not negative, [r, c]."""
+    """1 where the sum of the vectors is not negative, else 0, [r, c]."""
     total = vectors[0]
     for vector in vectors[1:]:
         total = total + vector
-    return total >= 0
-
-
-def _magnitudes(block: RowBlock) -> list[Tensor]:
-    return [vector.abs() for vector in block.task_vectors]
+    return at_least(total, 0)

@@ -57,7 +57,9 @@ def select(tensors: Sequence[Sequence[Tensor]], counts: Sequence[int], starts: S
     selections: list[Selection] = run_passes(top_k_passes(lambda b: b.stored, densities), unit, blocks)["selection"]
     reads_of_passes = reads
     assert [selection.kept for selection in selections] == list(counts)
-    parts = [[s.mask(block.stored[e], block.offset).flatten() for block in blocks()] for e, s in enumerate(selections)]
+    parts = [
+        [s.mask(block.stored[e], block.offset).bool().flatten() for block in blocks()] for e, s in enumerate(selections)
+    ]
     return [torch.cat(part) for part in parts], reads_of_passes
 
 
