@@ -325,7 +325,7 @@ def test_the_recipe_in_the_card_can_be_run_again(
     assert "run `streammerge merge recipe.yaml --out merged`; replace the names of local folders by your own" in card
     own = {Path(path).name: str(path) for path in (models.base, *experts, *fisher[1:], *text[1:])}
     recipe = tmp_path / "recipe.yaml"
-    words = re.split(r"((?<!other:)\s)", card.split("```yaml\n")[1].split("```")[0])
+    words = re.split(r"((?<!other:)(?<!trim:)\s)", card.split("```yaml\n")[1].split("```")[0])
     recipe.write_text("".join(own.get(word, word) for word in words))
     again = run("merge", recipe, "--out", tmp_path / "again", "-q")
     assert again.code == 0, again.err

@@ -95,7 +95,8 @@ def model_card(plan: MergePlan, result: Mapping[str, Any], licences: Sequence[Li
 
 
 def _source_row(source: Mapping[str, Any], local: Mapping[str, str]) -> str:
-    name = _code(local.get(source["id"], source["id"])) + ("" if source["revision"] else " (local folder)")
+    name = _code(local.get(source["id"]) or _without_paths(source["id"], local))
+    name += "" if source["revision"] else " (local folder)"
     return f"| {source['role']} | {name} | {_plain(source['revision'] or '-')} |"
 
 
