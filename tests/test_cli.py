@@ -325,9 +325,11 @@ def test_the_recipe_in_the_card_can_be_run_again(
     given = ("--base", models.base, *(word for expert in experts for word in ("--ft", expert)))
     assert run(*given, *options, *fisher, *text, "--out", tmp_path / "out").code == 0
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "run `streammerge merge recipe.yaml --out merged`" in card
+    assert "run `streammerge merge recipe.yaml --out merged`; replace the names of local folders by your own" in card
+    own = {Path(path).name: str(path) for path in (models.base, *experts, *fisher[1:], *text[1:])}
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(card.split("```yaml\n")[1].split("```")[0])
+    words = re.split(r"((?<!other:)(?<!trim:)\s)", card.split("```yaml\n")[1].split("```")[0])
+    recipe.write_text("".join(own.get(word, word) for word in words))
     again = run("merge", recipe, "--out", tmp_path / "again", "-q")
     assert again.code == 0, again.err
     assert content(tmp_path / "again") == content(tmp_path / "out")

@@ -95,7 +95,8 @@ def model_card(plan: MergePlan, result: Mapping[str, Any], licences: Sequence[Li
 
 
 def _source_row(source: Mapping[str, Any], local: Mapping[str, str]) -> str:
-    name = _code(local.get(source["id"], source["id"])) + ("" if source["revision"] else " (local folder)")
+    name = _code(local.get(source["id"]) or _without_paths(source["id"], local))
+    name += "" if source["revision"] else " (local folder)"
     return f"| {source['role']} | {name} | {_plain(source['revision'] or '-')} |"
 
 
@@ -110,7 +111,7 @@ def _without_paths(text: str, local: Mapping[str, str]) -> str:
 def _renamed(value: Any, local: Mapping[str, str]) -> Any:
     """A recipe with the name of each path instead of the path, however it is written; `local` has absolute ones."""
     if isinstance(value, Mapping):
-        return {key: _renamed(item, local) for key, item in value.items()}
+        return {k: v if k in ("method", "parameters") else _renamed(v, local) for k, v in value.items()}
     if isinstance(value, list):
         return [_renamed(item, local) for item in value]
     return local.get(os.path.abspath(value), value) if isinstance(value, str) and value else value

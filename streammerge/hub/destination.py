@@ -17,7 +17,8 @@ def local_paths(result: Mapping[str, Any]) -> list[str]:
         result: what has the keys "sources" and "recipe" of a manifest.
     """
     sources, recipe = _list(result.get("sources")), _mapping(result.get("recipe"))
-    found = [source.get("id") for source in map(_mapping, sources) if not source.get("revision")]
+    local = [source for source in map(_mapping, sources) if not source.get("revision")]
+    found: list[Any] = [str(s.get("id")).removeprefix("Fisher " if s.get("role") == "fisher" else "") for s in local]
     found += [*_list(recipe.get("fisher_from")), *_list(_mapping(recipe.get("calibration")).get("text"))]
     found.append(_mapping(recipe.get("fisher")).get("probe_text"))
     return list(dict.fromkeys(path for path in found if isinstance(path, str)))

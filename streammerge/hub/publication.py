@@ -94,8 +94,7 @@ class Publication:
             require_xet_cache(where)
         if out is not None and not overwrite:
             self._refuse_finished(out)
-        models = [*job.models, *(fisher for fisher, _ in job.fishers)]
-        sources = [{"id": model.id, "revision": model.revision} for model in models]
+        sources = [{"id": model.id, "revision": model.revision} for model in job.models]  # the recipe has the Fishers
         paths = local_paths({"sources": sources, "recipe": job.recipe.model_dump()})
         unwritable = None if out is not None or is_writable(self.folder()) else str(self.folder())
         self._destination = {**self.target.destination(files), "unwritable": unwritable, "local_paths": paths}
