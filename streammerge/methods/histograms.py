@@ -52,10 +52,15 @@ def _turns(count: int, like: Tensor) -> Tensor:
 
 
 class LowHalves:
-    """How often each low half occurs among the scores with a given high half; a few blocks are counted together."""
+    """How often each low half occurs among the scores with a given high half.
+
+    A few blocks are counted together, and wait in one buffer for it: small pieces of memory that stay between large
+    ones that go make a heap grow by half a budget.
+    """
 
     def __init__(self) -> None:
-        self._waiting: list[Tensor] = []
+        self._waiting: Tensor | None = None
+        self._filled = 0
         self._histogram: Tensor | None = None
 
     def add(self, bits: Tensor, high: int) -> None:
@@ -67,22 +72,28 @@ class LowHalves:
             inside = torch.from_numpy(values[values >> 16 == high])
         else:
             inside = bits[bits >> 16 == high]
-        self._waiting.append(inside.bitwise_and_(0xFFFF))
-        if sum(map(len, self._waiting)) >= _COUNTED_TOGETHER:
-            self._count()
+        inside.bitwise_and_(0xFFFF)
+        if self._waiting is None:
+            self._waiting = inside.new_empty(_COUNTED_TOGETHER)
+        if self._filled + len(inside) > _COUNTED_TOGETHER:
+            self._count(self._waiting[: self._filled])
+            self._filled = 0
+        if len(inside) > _COUNTED_TOGETHER:
+            self._count(inside)
+        else:
+            self._waiting[self._filled : self._filled + len(inside)] = inside
+            self._filled += len(inside)
 
     def counted(self) -> Tensor:
         """65,536 counts."""
-        self._count()
-        assert self._histogram is not None  # there was at least one block
+        assert self._waiting is not None  # there was at least one block
+        self._count(self._waiting[: self._filled])
+        self._filled = 0
+        assert self._histogram is not None
         return self._histogram
 
-    def _count(self) -> None:
-        import torch
-
-        if self._waiting:
-            self._histogram = _added(self._histogram, torch.cat(self._waiting).bincount(minlength=1 << 16))
-            self._waiting.clear()
+    def _count(self, low: Tensor) -> None:
+        self._histogram = _added(self._histogram, low.bincount(minlength=1 << 16))
 
 
 def _added(total: Tensor | None, histogram: Tensor) -> Tensor:
