@@ -222,12 +222,13 @@ class FimTies(Method):
         return self.parameters.trim != "none" and _is_block_matrix(tensor)
 
     def _trim_scores(self, block: RowBlock) -> list[Tensor]:
+        """Compared by magnitude."""
         trim = self.parameters.trim
         if trim == "magnitude":
-            return [vector.abs() for vector in block.task_vectors]
+            return block.task_vectors
         if trim == "quadratic":
             return [block.fisher * vector * vector for vector in block.task_vectors]
-        return [block.fisher * vector.abs() for vector in block.task_vectors]
+        return [block.fisher * vector for vector in block.task_vectors]
 
     def _coefficients(self, tensor: TensorContext) -> list[float]:
         if self._recalled is not None:

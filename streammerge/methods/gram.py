@@ -102,7 +102,7 @@ class GramPass(Pass):
         import torch
 
         vectors, sums = self.vectors(block), state["sums"]
-        squares, *wide = _scratch(state, len(vectors) + 1 + (self.metric is not None), block.base)
+        squares, *wide = _scratch(state, len(vectors) + 1 + (self.metric is not None), block.stored[0])
         metric = wide.pop().copy_(self.metric(block)) if self.metric is not None else None
         for i, vector in enumerate(vectors):
             wide[i].copy_(vector)
@@ -144,6 +144,11 @@ def place_of(unit: Unit) -> str:
 def models_of(block: RowBlock) -> list[Tensor]:
     """The base's and the experts' values."""
     return [block.base, *block.experts]
+
+
+def stored_models_of(block: RowBlock) -> Sequence[Tensor]:
+    """The same in their own dtypes: to be measured in float64 they need not become float32 first."""
+    return block.stored
 
 
 def combine(vectors: Sequence[Tensor], coefficients: Sequence[float | Tensor]) -> Tensor:

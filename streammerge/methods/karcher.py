@@ -99,9 +99,9 @@ class Karcher(Method):
 
     def passes(self, unit: Unit) -> Sequence[Pass]:
         if not self.reads_fisher(unit.tensors[0]):
-            return [GramPass(self._vectors, self._solve)]
-        by_fisher = GramPass(self._vectors, self._solve_by_fisher, lambda block: block.fisher)
-        return [by_fisher, _Otherwise(self._vectors, self._solve)]
+            return [GramPass(self._stored, self._solve)]
+        by_fisher = GramPass(self._stored, self._solve_by_fisher, lambda block: block.fisher)
+        return [by_fisher, _Otherwise(self._stored, self._solve)]
 
     def apply(self, block: RowBlock, results: Results) -> Tensor:
         return combine(self._vectors(block), results["combination"].coefficients)
@@ -115,6 +115,9 @@ class Karcher(Method):
     def _vectors(self, block: RowBlock) -> list[Tensor]:
         models = models_of(block)
         return [models[i] for i in self._members]
+
+    def _stored(self, block: RowBlock) -> list[Tensor]:
+        return [block.stored[i] for i in self._members]
 
     def _solve_by_fisher(self, gram: Gram, unit: Unit) -> Combination | None:
         return self._solve(gram, unit, "fisher") if any(gram.squares) else None

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from streammerge.errors import RecipeError
 from streammerge.methods.api import Method, ModelFacts, Pass, Results, RowBlock, TensorContext, Unit
-from streammerge.methods.gram import Gram, GramPass, models_of
+from streammerge.methods.gram import Gram, GramPass, stored_models_of
 from streammerge.schema import Strict
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class _Rescale(GramPass):
     name = "rescale"
 
     def __init__(self, weights: Sequence[float]) -> None:
-        super().__init__(models_of, self._factor)
+        super().__init__(stored_models_of, self._factor)
         self.weights = weights
 
     def finish(self, state: Any) -> float:

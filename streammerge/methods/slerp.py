@@ -10,7 +10,7 @@ from pydantic import Field
 
 from streammerge.errors import RecipeError
 from streammerge.methods.api import Method, ModelFacts, Pass, Results, RowBlock, TensorContext, Unit
-from streammerge.methods.gram import ANTIPODAL, Combination, Gram, GramPass, combine, models_of
+from streammerge.methods.gram import ANTIPODAL, Combination, Gram, GramPass, combine, models_of, stored_models_of
 from streammerge.schema import Strict
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Slerp(Method):
             )
 
     def passes(self, unit: Unit) -> Sequence[Pass]:
-        return [GramPass(models_of, lambda gram, unit: interpolate(gram, unit, self.parameters.t))]
+        return [GramPass(stored_models_of, lambda gram, unit: interpolate(gram, unit, self.parameters.t))]
 
     def apply(self, block: RowBlock, results: Results) -> Tensor:
         return combine(models_of(block), results["combination"].coefficients)
