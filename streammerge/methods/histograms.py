@@ -55,34 +55,43 @@ class LowHalves:
     """How often each low half occurs among the scores with a given high half; a few blocks are counted together."""
 
     def __init__(self) -> None:
-        self._waiting: list[Tensor] = []
         self._histogram: Tensor | None = None
+        self._waiting: Tensor | None = None  # one piece of memory: many small ones would lie about between the tiles
+        self._filled = 0
 
     def add(self, bits: Tensor, high: int) -> None:
         """Take in the flat bit patterns of a block."""
-        if bits.device.type == "cpu":  # numpy picks the few out several times faster
-            import torch
-
-            values = bits.numpy()
-            inside = torch.from_numpy(values[values >> 16 == high])
+        if self._waiting is None:
+            self._waiting = bits.new_empty(_COUNTED_TOGETHER)
+        inside = _with_high_half(bits, high).bitwise_and_(0xFFFF)
+        if self._filled + len(inside) > len(self._waiting):
+            self._count(self._waiting[: self._filled])
+            self._filled = 0
+        if len(inside) > len(self._waiting):
+            self._count(inside)
         else:
-            inside = bits[bits >> 16 == high]
-        self._waiting.append(inside.bitwise_and_(0xFFFF))
-        if sum(map(len, self._waiting)) >= _COUNTED_TOGETHER:
-            self._count()
+            self._waiting[self._filled : self._filled + len(inside)] = inside
+            self._filled += len(inside)
 
     def counted(self) -> Tensor:
         """65,536 counts."""
-        self._count()
-        assert self._histogram is not None  # there was at least one block
+        assert self._waiting is not None  # there was at least one block
+        self._count(self._waiting[: self._filled])
+        self._filled = 0
+        assert self._histogram is not None
         return self._histogram
 
-    def _count(self) -> None:
-        import torch
+    def _count(self, low: Tensor) -> None:
+        self._histogram = _added(self._histogram, low.bincount(minlength=1 << 16))
 
-        if self._waiting:
-            self._histogram = _added(self._histogram, torch.cat(self._waiting).bincount(minlength=1 << 16))
-            self._waiting.clear()
+
+def _with_high_half(bits: Tensor, high: int) -> Tensor:
+    if bits.device.type != "cpu":
+        return bits[bits >> 16 == high]
+    import torch
+
+    values = bits.numpy()  # numpy picks the few out several times faster
+    return torch.from_numpy(values[values >> 16 == high])
 
 
 def _added(total: Tensor | None, histogram: Tensor) -> Tensor:
