@@ -52,33 +52,22 @@ def _turns(count: int, like: Tensor) -> Tensor:
 
 
 class LowHalves:
-    """How often each low half occurs among the scores with a given high half.
-
-    A few blocks are counted together, and wait in one buffer for it: small pieces of memory that stay between large
-    ones that go make a heap grow by half a budget.
-    """
+    """How often each low half occurs among the scores with a given high half; a few blocks are counted together."""
 
     def __init__(self) -> None:
-        self._waiting: Tensor | None = None
-        self._filled = 0
         self._histogram: Tensor | None = None
+        self._waiting: Tensor | None = None  # one piece of memory: many small ones would lie about between the tiles
+        self._filled = 0
 
     def add(self, bits: Tensor, high: int) -> None:
         """Take in the flat bit patterns of a block."""
-        if bits.device.type == "cpu":  # numpy picks the few out several times faster
-            import torch
-
-            values = bits.numpy()
-            inside = torch.from_numpy(values[values >> 16 == high])
-        else:
-            inside = bits[bits >> 16 == high]
-        inside.bitwise_and_(0xFFFF)
         if self._waiting is None:
-            self._waiting = inside.new_empty(_COUNTED_TOGETHER)
-        if self._filled + len(inside) > _COUNTED_TOGETHER:
+            self._waiting = bits.new_empty(_COUNTED_TOGETHER)
+        inside = _with_high_half(bits, high).bitwise_and_(0xFFFF)
+        if self._filled + len(inside) > len(self._waiting):
             self._count(self._waiting[: self._filled])
             self._filled = 0
-        if len(inside) > _COUNTED_TOGETHER:
+        if len(inside) > len(self._waiting):
             self._count(inside)
         else:
             self._waiting[self._filled : self._filled + len(inside)] = inside
@@ -94,6 +83,15 @@ class LowHalves:
 
     def _count(self, low: Tensor) -> None:
         self._histogram = _added(self._histogram, low.bincount(minlength=1 << 16))
+
+
+def _with_high_half(bits: Tensor, high: int) -> Tensor:
+    if bits.device.type != "cpu":
+        return bits[bits >> 16 == high]
+    import torch
+
+    values = bits.numpy()  # numpy picks the few out several times faster
+    return torch.from_numpy(values[values >> 16 == high])
 
 
 def _added(total: Tensor | None, histogram: Tensor) -> Tensor:
