@@ -66,7 +66,7 @@ def file_entry(content: bytes | Path) -> dict[str, Any]:
     if isinstance(content, bytes):
         return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     digest, size = hashlib.sha256(), 0
-    with transfer_errors(content, "cannot be read"):
+    with transfer_errors(f"file {content}", "cannot be read"):
         file = disk.open_to_read(content)
         try:
             while piece := disk.read_at(file, disk.PIECE, size):

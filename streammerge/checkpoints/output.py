@@ -92,7 +92,7 @@ def void_with_inputs(models: Iterable[Checkpoint], discard: Callable[[], None]) 
 
 
 @contextmanager
-def transfer_errors(path: Path, doing: str) -> Iterator[None]:
+def transfer_errors(path: Path | str, doing: str) -> Iterator[None]:
     """Turn what the operating system refuses into TransferError."""
     try:
         yield
