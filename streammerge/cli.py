@@ -18,10 +18,10 @@ from streammerge.checkpoints.disk_space import rooms
 from streammerge.checkpoints.locate import HUB_SCHEME
 from streammerge.checkpoints.output import check_output
 from streammerge.diagnose.text import diagnose_text
-from streammerge.errors import RecipeError, StreammergeError
+from streammerge.errors import CheckpointError, RecipeError, StreammergeError
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FisherRecord, FisherSettings
-from streammerge.host import available_memory
+from streammerge.host import available_memory, memory_limits
 from streammerge.hub.publication import make_publication
 from streammerge.needs import hub_cache, merge_needs
 from streammerge.options import (
@@ -69,7 +69,7 @@ from streammerge.options import (
     push_settings,
 )
 from streammerge.recipe import load_recipe, make_recipe
-from streammerge.report import block_rows, fisher_rows, plan_text, table, verified_text
+from streammerge.report import block_rows, fisher_rows, is_short, plan_text, table, verified_text
 from streammerge.schema import build
 from streammerge.text import all_visible, visible
 from streammerge.units import format_size, parse_size
@@ -152,6 +152,8 @@ def merge(
             where = out if out is not None or push is None else push.folder()
             summary |= _resources(planned, where, save_fisher, keep=out is not None, overwrite=overwrite)
         _print(summary if json else plan_text(all_visible(summary)))
+        if is_short(summary):
+            raise typer.Exit(1)
         return
     if out is None and push_to_hub is None:
         raise typer.BadParameter("give the output folder, or --push-to-hub", param_hint="--out")
@@ -259,7 +261,12 @@ def verify(
     if given and not sources:
         raise typer.BadParameter(f"--{next(iter(given)).replace('models', 'ft')} goes with it", param_hint="--sources")
     given |= {"hub_mode": hub_mode, "max_ram": parse_size(max_ram), "threads": threads}
-    result = streammerge.verify(folder, sources=given if sources else None, progress=not quiet)
+    try:
+        result = streammerge.verify(folder, sources=given if sources else None, progress=not quiet)
+    except CheckpointError as error:
+        if not json:
+            raise
+        result = {"ok": False, "problems": [str(error)]}
     _print(result if json else verified_text(all_visible(result), visible(str(folder))))
     if not result["ok"]:
         raise typer.Exit(1)
@@ -398,7 +405,8 @@ def _resources(
         overwrite=overwrite,
     )
     disks = [{"needed": room.missing, "free": room.free, "text": room.text()} for room in rooms(needs)]
-    return {"disks": disks, "available_host_bytes": available_memory()}
+    most = min(memory_limits().values(), default=None)
+    return {"disks": disks, "available_host_bytes": available_memory(), "most_host_bytes": most}
 
 
 def _mapping(values: dict[str, Any], key: str) -> dict[str, Any]:

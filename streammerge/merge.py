@@ -43,7 +43,7 @@ def merge(
     out: str | Path | None = None,
     *,
     push_to_hub: str | PushSettings | Mapping[str, Any] | None = None,
-    max_ram: int = DEFAULT_MAX_RAM,
+    max_ram: int | str = DEFAULT_MAX_RAM,
     threads: int | None = None,
     hub_mode: HubMode = "cache",
     device: str | None = None,
@@ -67,7 +67,8 @@ def merge(
         recipe: what to merge; a mapping is read as one, with the keys of `Recipe`.
         out: the output folder; new, empty, or left unfinished by the same call. May be left out with `push_to_hub`.
         push_to_hub: the repository, org/name, or a mapping with the keys of `PushSettings`.
-        max_ram: bytes for buffers and temporaries of the merge, on top of what importing torch takes.
+        max_ram: bytes for buffers and temporaries of the merge, on top of what importing torch takes; or a size such as
+            "256MiB".
         threads: workers; the processors by default, at most 8.
         hub_mode: how models on the Hub are read: "cache" downloads their files into huggingface_hub's cache as they
             are needed, "stream" reads byte ranges only and keeps nothing. The result is the same.

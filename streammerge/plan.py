@@ -26,6 +26,7 @@ from streammerge.hub.xet import CLIENT_BYTES, ram_for_xet, xet_share
 from streammerge.methods.api import Method, TensorContext, Unit
 from streammerge.recipe import Recipe, Resolved, make_recipe, resolve_method
 from streammerge.travel import Travel
+from streammerge.units import parse_size
 
 # What is done with a tensor: merged, copied from the base, or copied after a check that all inputs agree.
 Action = Literal["merge", "copy", "same"]
@@ -269,7 +270,7 @@ class MergePlan:
 def plan(
     recipe: Recipe | Mapping[str, Any],
     *,
-    max_ram: int = DEFAULT_MAX_RAM,
+    max_ram: int | str = DEFAULT_MAX_RAM,
     threads: int | None = None,
     hub_mode: HubMode = "cache",
     uploads: bool = False,
@@ -279,7 +280,7 @@ def plan(
 
     Args:
         recipe: what to merge; a mapping is read as one.
-        max_ram: bytes for buffers and temporaries, on top of what importing torch takes.
+        max_ram: bytes for buffers and temporaries, on top of what importing torch takes; or a size such as "256MiB".
         threads: workers; the processors by default, at most 8.
         hub_mode: how models on the Hub will be read; see `merge`. Planning fetches headers, index and config only.
         uploads: whether the result will be pushed while it is merged.
@@ -289,6 +290,7 @@ def plan(
         RecipeError, CheckpointError, IncompatibleCheckpointsError, MemoryBudgetError: see there.
     """
     recipe = make_recipe(recipe)
+    max_ram = parse_size(max_ram) if isinstance(max_ram, str) else max_ram
     with ExitStack() as stack:
         base = stack.enter_context(open_model(recipe.base, hub_mode, progress))
         refuse_quantised(base)

@@ -206,11 +206,26 @@ def _transfers(transfers: Mapping[str, Any]) -> str:
 
 def _available(summary: Mapping[str, Any]) -> str:
     available = summary.get("available_host_bytes")
-    return "" if available is None else f"; {format_memory(available)} are available"
+    told = "" if available is None else f"; {format_memory(available)} are available"
+    return told + (": MORE THAN THERE CAN BE" if _is_too_large(summary) else "")
+
+
+def _is_too_large(summary: Mapping[str, Any]) -> bool:
+    most = summary.get("most_host_bytes")
+    return most is not None and bool(summary["peak_host_bytes"] > most)
 
 
 def _short(disk: Mapping[str, Any]) -> str:
-    return "" if disk["free"] is None or disk["needed"] <= disk["free"] else ": NOT ENOUGH"
+    return "" if _suffices(disk) else ": NOT ENOUGH"
+
+
+def _suffices(disk: Mapping[str, Any]) -> bool:
+    return disk["free"] is None or bool(disk["needed"] <= disk["free"])
+
+
+def is_short(summary: Mapping[str, Any]) -> bool:
+    """Whether a merge would be refused for want of memory or disk."""
+    return _is_too_large(summary) or not all(map(_suffices, summary.get("disks", ())))
 
 
 _NAMED = 10  # tensors, of many

@@ -182,3 +182,22 @@ def test_the_smallest_budget_that_is_named_works_and_less_does_not(models: Model
     assert unlimited.code == 0
     shards = [next((tmp_path / name).glob("*.safetensors")).read_bytes() for name in ("named", "unlimited")]
     assert shards[0] == shards[1]
+
+
+def test_plan_says_by_its_status_that_a_merge_would_be_refused(
+    models: Models, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("plan", "--base", models.base, "--ft", models.ft, "--out", tmp_path / "out")
+    assert run(*arguments).code == 0
+    with monkeypatch.context() as patch:
+        no_room(patch, 1000)
+        result = run(*arguments)
+        assert result.code == 1 and "NOT ENOUGH" in result.out
+    result = run(*arguments, "--fisher-length", "100000000")
+    assert result.code == 1 and "MORE THAN THERE CAN BE" in result.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_library_call_takes_a_size_as_the_command_line_does(models: Models, tmp_path: Path) -> None:
+    whole = streammerge.merge(recipe(models, "task_arithmetic"), tmp_path / "whole", max_ram=96 << 20)
+    assert streammerge.merge(recipe(models, "task_arithmetic"), tmp_path / "text", max_ram="96MiB") == whole

@@ -283,6 +283,14 @@ def test_a_manifest_that_cannot_be_read(out: Path, text: bytes) -> None:
         verify(out)
 
 
+def test_a_damaged_manifest_is_json_for_scripts_too(out: Path, run: Run) -> None:
+    (out / MANIFEST).write_bytes(b"{")
+    result = run("verify", out, "--json", "-q")
+    assert (result.code, result.err) == (1, "")
+    problem = f"{out}, file {MANIFEST}: damaged: not a manifest of streammerge"
+    assert json.loads(result.out) == {"ok": False, "problems": [problem]}
+
+
 @pytest.mark.parametrize("name", ["", "nowhere", "n" * 300, "LICENSE"])
 def test_a_folder_that_is_no_merge(out: Path, name: str) -> None:
     (out / MANIFEST).unlink()

@@ -11,6 +11,8 @@ from typing import Any
 from streammerge.checkpoints.layout import Shard
 from streammerge.errors import OutputExistsError
 
+BEFORE_ANYTHING = {"lock", "journal", "uploads"}  # in a work folder: the writer's journal, and the ledger of a push
+
 
 def parse_journal(raw: bytes) -> tuple[list[dict[str, Any]], int]:
     """The entries of the intact lines, up to the first that does not check out, and how many bytes those take."""
@@ -38,6 +40,16 @@ def identity_of(lines: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, A
     if not isinstance(identity, dict):
         raise _damaged(folder)
     return identity
+
+
+def require_nothing_done(work: Path, folder: Path) -> None:
+    """Refuse a work folder whose journal does not say whose work it holds: a Fisher of hours, maybe.
+
+    Raises:
+        OutputExistsError: with the option that mends it.
+    """
+    if {path.name for path in work.iterdir()} - BEFORE_ANYTHING:
+        raise _damaged(folder)
 
 
 def check_journal(lines: Iterable[Mapping[str, Any]], shards: Sequence[Shard], folder: Path) -> None:

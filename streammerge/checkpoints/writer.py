@@ -21,7 +21,7 @@ from streammerge.checkpoints.checkpoint import INDEX_FILE, MANIFEST_FILE, SINGLE
 from streammerge.checkpoints.checksum import add, part_sum
 from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.identity import differences
-from streammerge.checkpoints.journal_text import check_journal, identity_of
+from streammerge.checkpoints.journal_text import check_journal, identity_of, require_nothing_done
 from streammerge.checkpoints.layout import Shard, index_files
 from streammerge.checkpoints.output import WORK_DIR, files_of_manifest, transfer_errors
 from streammerge.checkpoints.resume import find_leftover
@@ -218,6 +218,7 @@ class CheckpointWriter:
     def _resume(self, identity: dict[str, Any], elsewhere: Mapping[str, str]) -> None:
         lines = self._journal.entries
         if not lines:
+            require_nothing_done(self.work, self.folder)
             self._journal.append({"identity": identity})
             return
         self._check_identity(identity_of(lines, self.folder), identity)

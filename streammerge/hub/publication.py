@@ -10,16 +10,16 @@ from typing import Any
 
 from streammerge.checkpoints import disk
 from streammerge.checkpoints.checkpoint import MANIFEST_FILE
+from streammerge.checkpoints.journal_text import BEFORE_ANYTHING
 from streammerge.checkpoints.layout import file_names
 from streammerge.checkpoints.output import WORK_DIR, files_of_manifest
 from streammerge.checkpoints.room import DiskRoom
-from streammerge.checkpoints.work import JOURNAL_FILE, LOCK_FILE
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.errors import OutputExistsError, TransferError
 from streammerge.hub.commit import Commit, LostObjectsError, Pushed
 from streammerge.hub.destination import Destination, local_paths, notes_of, unwritable_text
 from streammerge.hub.files import PushedFile
-from streammerge.hub.ledger import LEDGER_FILE, Ledger
+from streammerge.hub.ledger import Ledger
 from streammerge.hub.settings import PushSettings
 from streammerge.hub.target import UPLOADS, HubTarget
 from streammerge.hub.uploads import Uploads
@@ -27,8 +27,6 @@ from streammerge.hub.xet import is_writable, require_xet_cache
 from streammerge.plan import MergePlan
 from streammerge.progress import tell
 from streammerge.schema import build
-
-_NOTHING_DONE = {LOCK_FILE, JOURNAL_FILE, LEDGER_FILE}  # in a work folder
 
 
 class Publication:
@@ -138,7 +136,7 @@ class Publication:
             elif head != self._opened.head and not self._opened.committing and not self.settings.create_pr:
                 raise self.target.moved(self._opened.head, head)
         except TransferError:
-            if {path.name for path in writer.work.iterdir()} <= _NOTHING_DONE and not self._opened.uploaded:
+            if {path.name for path in writer.work.iterdir()} <= BEFORE_ANYTHING and not self._opened.uploaded:
                 writer.discard()
             raise
         self._uploads = Uploads(self.target, self._opened, writer, keep=keep, progress=progress)

@@ -1,6 +1,6 @@
 """How a merge is held against its sources."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -11,7 +11,9 @@ from streammerge.schema import Strict
 class SourceCheck(Strict):
     """Which tensors are merged again, and from what: inputs that moved are named anew, their content is the same."""
 
-    sample: int | Literal["all"] = Field(16, description="how many tensors to merge again, or all")
+    sample: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        16, description="how many tensors to merge again, or all"
+    )
     seed: int = Field(0, ge=0, description="which ones")
     base: str | None = Field(None, description="where the base model is now")
     models: list[str] = Field(default=[], description="where the fine-tuned models are now, in their order")

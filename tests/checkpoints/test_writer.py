@@ -511,10 +511,20 @@ def test_a_shard_that_cannot_be_trusted_is_done_again(
 
 
 def test_a_journal_torn_in_its_first_line_starts_anew(out: Path, expected: dict[str, bytes]) -> None:
-    interrupted(out, SHARDS_OF[0])
+    """Nothing comes before the first line, which is on disk before anything else is."""
+    interrupted(out, [])
     os.truncate(out / WORK_DIR / "journal", 20)
     assert resumed(out) == set()
     assert content(out) == expected
+
+
+def test_what_no_journal_speaks_of_is_not_taken(out: Path) -> None:
+    interrupted(out, SHARDS_OF[0])
+    os.truncate(out / WORK_DIR / "journal", 20)
+    left = set(content(out)) - {f"{WORK_DIR}/journal"}
+    with pytest.raises(OutputExistsError, match="damaged journal: start anew with --overwrite"):
+        CheckpointWriter(out, planned(STATE), IDENTITY)
+    assert left <= set(content(out))
 
 
 # --- discard -----------------------------------------------------------------------------------------

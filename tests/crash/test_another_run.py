@@ -70,3 +70,20 @@ def test_another_run_is_refused_and_told_why(
     assert again.code == 0, again.err
     assert merge(run, tmp_path / "new", options).code == 0
     assert content(out) == content(tmp_path / "new")
+
+
+def test_a_folder_whose_journal_is_gone_is_nobodys_to_take(
+    models: Models, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be the work of hours in it, and nothing says whose."""
+    options = {"--base": models.base, "--ft": models.ft, "-m": "fim_ta", "--device": "cpu"}
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert merge(run, out, options).code == 130
+    for damage in (b"junk", b""):
+        (out / ".streammerge" / "journal").write_bytes(damage)
+        refused = merge(run, out, {**options, "-m": "fim_ties"})
+        assert refused.code == 1
+        assert "holds an unfinished run with a damaged journal: start anew with --overwrite" in refused.err
+    assert merge(run, out, options, "--overwrite").code == 0
