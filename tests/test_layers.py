@@ -111,6 +111,7 @@ ORDER = [
     "methods.arcee_fusion",
     "methods.nearswap",
     "methods.passthrough",
+    "methods.scaled",
     "methods.acm",
     "methods.sens",
     "methods.regmean",

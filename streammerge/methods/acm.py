@@ -13,7 +13,6 @@ from streammerge.calibration.store import Calibrated, Measurement
 from streammerge.fisher.store import FisherRecord
 from streammerge.methods.api import (
     ExpertParameters,
-    Method,
     ModelFacts,
     Pass,
     Results,
@@ -22,6 +21,7 @@ from streammerge.methods.api import (
     Unit,
     coefficient_rows,
 )
+from streammerge.methods.scaled import ScaledTaskVectors
 from streammerge.methods.selection import top_k_passes
 from streammerge.methods.ties import disjoint_merge
 from streammerge.schema import Strict
@@ -38,7 +38,7 @@ class AcmTiesExpert(ExpertParameters):
     density: float = Field(0.2, ge=0, le=1, description="fraction of each tensor's task vector that is kept")
 
 
-class AcmTa(Method):
+class AcmTa(ScaledTaskVectors):
     """Task arithmetic with a coefficient per decoder block l and expert k, by what its activations tell of the base's:
 
         t_lk = mean_i 1 / (1 + exp(-theta (I_ilk - max_j I_jlk)));   theta = theta_0 + sum_k c_k (1 - t_lk) d_k
@@ -66,7 +66,6 @@ class AcmTa(Method):
     def __init__(self, parameters: AcmParameters, experts: Sequence[ExpertParameters], model: ModelFacts) -> None:
         super().__init__(parameters, experts, model)
         self._shares: list[dict[str, float]] = []
-        self._recalled: Mapping[str, Sequence[float]] | None = None
 
     @property
     def calibration(self) -> tuple[Measurement, ...]:
@@ -85,20 +84,6 @@ class AcmTa(Method):
         ]
         return known
 
-    def recalled(self, coefficients: Mapping[str, Sequence[float]], tensors: Sequence[TensorContext]) -> Self | None:
-        known = copy.copy(self)
-        known._recalled = coefficients
-        return known
-
-    def apply(self, block: RowBlock, results: Results) -> Tensor:
-        merged = block.base
-        for vector, coefficient in zip(block.task_vectors, self._coefficients(block.tensor), strict=True):
-            merged = merged + vector * coefficient
-        return merged
-
-    def report(self, tensor: TensorContext, results: Results) -> dict[str, Any]:
-        return {"coefficient": self._coefficients(tensor)}
-
     def block_table(self) -> list[dict[str, Any]]:
         by_block = [
             {int(place): expert.coefficient * (1 - share) for place, share in shares.items() if place.isdigit()}
@@ -106,9 +91,7 @@ class AcmTa(Method):
         ]
         return coefficient_rows(self.model.experts, by_block)
 
-    def _coefficients(self, tensor: TensorContext) -> list[float]:
-        if self._recalled is not None:
-            return [*self._recalled[tensor.name]]
+    def derived(self, tensor: TensorContext) -> list[float]:
         place = place_of(tensor)
         return [
             expert.coefficient * (1 - shares.get(place, shares["embedding"]))
@@ -139,7 +122,7 @@ class AcmTies(AcmTa):
 
     def apply(self, block: RowBlock, results: Results) -> Tensor:
         vectors = []
-        coefficients = self._coefficients(block.tensor)
+        coefficients = self.coefficients(block.tensor)
         for vector, selection, coefficient in zip(block.task_vectors, results["selection"], coefficients, strict=True):
             vectors.append(vector * selection.mask(vector, block.offset) * coefficient)
         return block.base + disjoint_merge(vectors, [1.0] * len(vectors))

@@ -11,19 +11,12 @@ from pydantic import Field
 
 from streammerge.calibration.store import Calibrated, Measurement, Sensitivity
 from streammerge.fisher.store import FisherRecord
-from streammerge.methods.api import (
-    ExpertParameters,
-    Method,
-    ModelFacts,
-    Results,
-    RowBlock,
-    TensorContext,
-    coefficient_rows,
-)
+from streammerge.methods.api import ExpertParameters, ModelFacts, TensorContext, coefficient_rows
+from streammerge.methods.scaled import ScaledTaskVectors
 from streammerge.schema import Strict
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 Tau = Literal["distance", "similarity"]
 
@@ -39,7 +32,7 @@ class SensExpert(ExpertParameters):
     coefficient: float = Field(0.7, description="merge coefficient of this fine-tuned model")
 
 
-class Sens(Method):
+class Sens(ScaledTaskVectors):
     """Task arithmetic whose coefficients are scaled per decoder block l and model i, of K models with the base:
 
         S_il = mean over the samples of i's text of sum |w dL/dw|, over the weights w of the block's matrices
@@ -78,7 +71,6 @@ class Sens(Method):
     def __init__(self, parameters: SensParameters, experts: Sequence[SensExpert], model: ModelFacts) -> None:
         super().__init__(parameters, experts, model)
         self._by_block: list[dict[int, float]] = []  # K sigma of every expert
-        self._recalled: Mapping[str, Sequence[float]] | None = None
 
     @property
     def calibration(self) -> tuple[Measurement, ...]:
@@ -94,20 +86,6 @@ class Sens(Method):
         known._by_block = block_scales(measured, self.parameters.temperature, self.parameters.tau)[1:]
         return known
 
-    def recalled(self, coefficients: Mapping[str, Sequence[float]], tensors: Sequence[TensorContext]) -> Self | None:
-        known = copy.copy(self)
-        known._recalled = coefficients
-        return known
-
-    def apply(self, block: RowBlock, results: Results) -> Tensor:
-        merged = block.base
-        for vector, coefficient in zip(block.task_vectors, self._coefficients(block.tensor), strict=True):
-            merged = merged + vector * coefficient
-        return merged
-
-    def report(self, tensor: TensorContext, results: Results) -> dict[str, Any]:
-        return {"coefficient": self._coefficients(tensor)}
-
     def block_table(self) -> list[dict[str, Any]]:
         by_block = [
             {block: expert.coefficient * scale for block, scale in scales.items()}
@@ -115,9 +93,7 @@ class Sens(Method):
         ]
         return coefficient_rows(self.model.experts, by_block)
 
-    def _coefficients(self, tensor: TensorContext) -> list[float]:
-        if self._recalled is not None:
-            return [*self._recalled[tensor.name]]
+    def derived(self, tensor: TensorContext) -> list[float]:
         return [
             expert.coefficient
             * (math.fsum(scales.values()) / len(scales) if tensor.block is None else scales[tensor.block])
