@@ -184,7 +184,7 @@ def test_notes_are_part_of_the_result(models: Models, tmp_path: Path, run: Run) 
 def test_dry_run_is_plan_and_writes_nothing(
     models: Models, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streammerge.cli.available_memory", lambda: 1 << 33)
+    monkeypatch.setattr("streammerge.commands.merge.available_memory", lambda: 1 << 33)
     monkeypatch.setattr("streammerge.checkpoints.disk_space.free_bytes", lambda folder: 1 << 33)
     pair = ("--base", models.base, "--ft", models.ft, "--ft", models.ft2, "--threads", "1")
     before = content(tmp_path)
