@@ -214,6 +214,13 @@ def test_what_plan_tells(models: Models, run: Run) -> None:
     assert (copies["fisher_placement"], copies["fisher"], copies["fisher_bytes_to_read"]) == (None, "none", 0)
 
 
+def test_plan_tells_of_an_unfinished_run(models: Models, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "out" / ".streammerge").mkdir(parents=True)
+    pair = ("plan", "--base", models.base, "--ft", models.ft, "--out", tmp_path / "out")
+    assert "holds an unfinished run: the same merge goes on where it stopped" in run(*pair).out
+    assert "holds an unfinished run: --overwrite starts it anew" in run(*pair, "--overwrite").out
+
+
 def test_plan_tells_where_the_fisher_pass_runs(models: Models, tmp_path: Path, run: Run) -> None:
     pair = ("plan", "--base", models.base, "--ft", models.ft, "--device", "cpu")
     line = r"\nFisher pass    on cpu, {} of 2 blocks stay, {} are read twice; \d{{3}} MiB of RAM\n"

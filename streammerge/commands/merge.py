@@ -10,7 +10,7 @@ import typer
 import streammerge
 from streammerge.checkpoints.disk_space import rooms
 from streammerge.checkpoints.locate import HUB_SCHEME
-from streammerge.checkpoints.output import check_output
+from streammerge.checkpoints.output import WORK_DIR, check_output
 from streammerge.commands.printing import show
 from streammerge.commands.push import pushed_text
 from streammerge.errors import RecipeError
@@ -89,7 +89,12 @@ def merge(
     """
     values = load_recipe(recipe) if recipe else {}
     values |= _models(base, ft, hub_base, hub_ft)
-    settings = {"method": method, "max_shard_bytes": max_shard_size, "fisher_from": fisher or None, "aim": aim}
+    settings = {
+        "method": method,
+        "max_shard_bytes": max_shard_size and parse_size(max_shard_size, "--max-shard-size"),
+        "fisher_from": fisher or None,
+        "aim": aim,
+    }
     values |= {key: value for key, value in settings.items() if value is not None}
     if allow_nonfinite:
         values["allow_nonfinite"] = True
@@ -97,19 +102,20 @@ def merge(
     values["calibration"] = {**_mapping(values, "calibration"), **calibration_settings(options)}
     given = {name: options[name] for name in parameter_help() if options.get(name)}
     values["parameters"] = {**_mapping(values, "parameters"), **{k: _plain(v) for k, v in given.items()}}
-    values["models"] = _without(values.get("models"), given)
-    if "base" not in values:
+    if "models" in values:
+        values["models"] = _without(values["models"], given)
+    if recipe is None and "base" not in values:
         raise typer.BadParameter("give the base model", param_hint="--base")
-    if not values.get("models"):
+    if recipe is None and not values.get("models"):
         raise typer.BadParameter("give a fine-tuned model", param_hint="--ft")
     job = make_recipe(values)
     push_values = {**push_settings(options), **({} if push_to_hub is None else {"repository": push_to_hub})}
     if push_values and push_to_hub is None:
         name = f"--{next(iter(push_values)).replace('_', '-')}"
         raise typer.BadParameter("goes with --push-to-hub only", param_hint=name)
-    budget = parse_size(max_ram)
+    budget = parse_size(max_ram, "--max-ram")
     if dry_run:
-        run = FisherRun(device, parse_size(max_vram) if max_vram else None, device_map, trust_remote_code)
+        run = FisherRun(device, parse_size(max_vram, "--max-vram") if max_vram else None, device_map, trust_remote_code)
         push = make_publication(push_values or None)
         if push is not None:
             push.check(keep=True)  # whether there will be an --out, nobody can tell: see its notes
@@ -120,6 +126,9 @@ def merge(
                 summary["push"] = push.check_merge(planned, out, overwrite=overwrite)
             if out is not None:
                 check_output(out, [model.folder for model in (planned.base, *planned.experts)], overwrite)
+                if (out / WORK_DIR).is_dir():
+                    what = "--overwrite starts it anew" if overwrite else "the same merge goes on where it stopped"
+                    summary["notes"] = [*summary["notes"], f"output folder {out} holds an unfinished run: {what}"]
             where = out if out is not None or push is None else push.folder()
             summary |= _resources(planned, where, save_fisher, keep=out is not None, overwrite=overwrite)
         show(summary if json else plan_text(all_visible(summary)))
@@ -136,7 +145,7 @@ def merge(
         threads=threads,
         hub_mode=hub_mode,
         device=device,
-        max_vram=parse_size(max_vram) if max_vram else None,
+        max_vram=parse_size(max_vram, "--max-vram") if max_vram else None,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
         save_fisher=save_fisher,

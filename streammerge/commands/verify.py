@@ -38,7 +38,7 @@ def verify(
     given = {key: value for key, value in values.items() if value not in (None, [])}
     if given and not sources:
         raise typer.BadParameter(f"--{next(iter(given)).replace('models', 'ft')} goes with it", param_hint="--sources")
-    given |= {"hub_mode": hub_mode, "max_ram": parse_size(max_ram), "threads": threads}
+    given |= {"hub_mode": hub_mode, "max_ram": parse_size(max_ram, "--max-ram"), "threads": threads}
     try:
         result = streammerge.verify(folder, sources=given if sources else None, progress=not quiet)
     except CheckpointError as error:
