@@ -14,6 +14,7 @@ import streammerge
 from streammerge import signals
 from streammerge.commands.demo import demo
 from streammerge.commands.diagnose import diagnose
+from streammerge.commands.eval import eval  # noqa: A004
 from streammerge.commands.fisher import fisher
 from streammerge.commands.merge import merge, plan
 from streammerge.commands.methods import methods
@@ -25,6 +26,7 @@ from streammerge.options import (
     Debug,
     calibration_options,
     diagnose_options,
+    evaluation_options,
     fisher_options,
     method_options,
     push_options,
@@ -113,5 +115,6 @@ _register(push, *push_options())
 _register(verify)
 _register(methods)
 _register(diagnose, *diagnose_options())
+_register(eval, *evaluation_options())
 _register(demo)
 _COMMANDS = {command.name for command in app.registered_commands}
