@@ -23,6 +23,7 @@ ORDER = [
     "schema",
     "yaml_text",
     "progress",
+    "figures",
     "workers",
     "heap",
     "host",
