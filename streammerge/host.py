@@ -106,7 +106,7 @@ def _sizes(path: Path) -> dict[str, int]:
     """The lines of a file that give a size, in kB, as bytes."""
     lines = [line.partition(":") for line in _read(path).splitlines()]
     parts = {key: value.split() for key, _, value in lines}
-    return {key: int(words[0]) << 10 for key, words in parts.items() if len(words) == 2 and words[1] == "kB"}
+    return {key: int(words[0]) << 10 for key, words in parts.items() if words[1:] == ["kB"] and words[0].isdigit()}
 
 
 def _control_group(root: Path) -> int | None:

@@ -165,7 +165,7 @@ def _strips(
 ) -> str:
     shown = found[:MOST_KINDS]
     if len(found) > len(shown):
-        caption += f" The first {len(shown)} kinds of tensor of {len(found)}; all are in the table."
+        caption += f" The first {len(shown)} kinds of tensor of {len(found)}; all are in streammerge.json."
     alt = caption + " " + "; ".join(f"{strip.kind} {spread(strip.values, told)}" for strip in shown)
     return figure(inline(strip_panel(shown, told, limits, line), name, escaped(alt)), caption)
 
