@@ -13,14 +13,13 @@ from streammerge.budget import DEFAULT_MAX_RAM
 from streammerge.calibration import calibrate
 from streammerge.calibration import check as check_calibration
 from streammerge.calibration.store import text_digests
-from streammerge.checkpoints.checkpoint import CARD_FILE, MANIFEST_FILE, PLOT_FILE, REPORT_FILE, Checkpoint
+from streammerge.checkpoints.checkpoint import CARD_FILE, MANIFEST_FILE, PLOT_FILE, Checkpoint
 from streammerge.checkpoints.disk_space import require_room
 from streammerge.checkpoints.layout import index_files
 from streammerge.checkpoints.locate import require_pinned
 from streammerge.checkpoints.output import WORK_DIR, check_output, void_with_inputs
 from streammerge.checkpoints.writer import CheckpointWriter, nothing_elsewhere
 from streammerge.errors import RecipeError
-from streammerge.figures import GET_IT, can_draw
 from streammerge.fisher import check as check_fisher
 from streammerge.fisher import fisher as measure_fisher
 from streammerge.fisher.placement import FisherRun
@@ -35,10 +34,9 @@ from streammerge.hub.settings import PushSettings
 from streammerge.hub.xet import transfers
 from streammerge.needs import hub_cache, merge_needs
 from streammerge.plan import MergePlan, plan
-from streammerge.progress import tell
 from streammerge.recipe import Recipe
 from streammerge.report import file_entry, manifest, resolved_recipe, seal
-from streammerge.report.page import report_page
+from streammerge.report.drawing import draw_report
 from streammerge.timeline import Timeline
 
 
@@ -154,7 +152,7 @@ def merge(
                 give_back()  # the models that were walked
             result, files, pushed = _write(job, writer, sources, licences, push, timeline, progress)
             if keep:
-                writer.publish(files, _report(result, timeline, complete_before) if report else None)
+                writer.publish(files, draw_report(result, timeline.phases, complete_before) if report else None)
             else:
                 writer.discard()
     return result if pushed is None else {**result, "push": asdict(pushed)}
@@ -210,18 +208,6 @@ def _other_files(job: MergePlan, result: dict[str, Any], licences: list[Licence]
     beside = {**files, **index_files(job.shards)}
     result["other_files"] = {name: file_entry(beside[name]) for name in sorted(beside)}
     return {**files, MANIFEST_FILE: seal(result)}
-
-
-def _report(result: dict[str, Any], timeline: Timeline, complete_before: int) -> dict[str, bytes]:
-    """The page for a person; none, and a note, where it cannot be drawn: that costs nobody a merge of hours."""
-    if not can_draw():
-        tell(f"no {REPORT_FILE}, which takes matplotlib: {GET_IT}")
-        return {}
-    try:
-        return {REPORT_FILE: report_page(result, timeline.phases, complete_before=complete_before)}
-    except Exception as error:  # whatever matplotlib there is, and all it stands on
-        tell(f"no {REPORT_FILE}, which could not be drawn: {type(error).__name__}: {error}")
-        return {}
 
 
 def _require_resources(

@@ -19,14 +19,14 @@ from tiny_models import Models, Result, Run, save_models
 from streammerge.cli import main
 
 _MERGE = importlib.import_module("streammerge.merge")  # `streammerge.merge` is the function
-_REPORT = _MERGE._report
+_REPORT = _MERGE.draw_report
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_reports() -> Iterator[None]:
     """Merges leave no report.html, which differs from run to run, unless a test takes `reports`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_MERGE, "_report", lambda *args: {})
+        patch.setattr(_MERGE, "draw_report", lambda *args: {})
         yield
 
 
@@ -34,7 +34,7 @@ def _no_reports() -> Iterator[None]:
 def reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Merges leave a report.html."""
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(_MERGE, "_report", _REPORT)
+    monkeypatch.setattr(_MERGE, "draw_report", _REPORT)
 
 
 @pytest.fixture(scope="session")

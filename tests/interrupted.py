@@ -132,7 +132,7 @@ def _child(job: dict[str, Any]) -> None:
         signals.GRACE_SECONDS = job["grace"] or signals.GRACE_SECONDS
         writer.SYNC_SECONDS = job["sync"]
         if not job["report"]:
-            importlib.import_module("streammerge.merge")._report = lambda *args: {}  # type: ignore[attr-defined]
+            importlib.import_module("streammerge.merge").draw_report = lambda *args: {}  # type: ignore[attr-defined]
         _watch(_Steps(job))
         code = main(job["arguments"])
         sys.stdout.flush()

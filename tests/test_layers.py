@@ -133,6 +133,7 @@ ORDER = [
     "report.markup",
     "report.panels",
     "report.page",
+    "report.drawing",
     "stream",
     "engine",
     "hub.card",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,13 @@ def test_everything_can_be_read_without_seeing_it(results: dict[str, dict[str, A
     scopes = {attributes.get("scope") for name, attributes in shown.elements if name == "th"}
     assert scopes == {"col", "row"}
     assert raw.startswith(REPORT_MARK + b'<html lang="en">')
+
+
+def test_it_reads_the_same_in_grey(results: dict[str, dict[str, Any]]) -> None:
+    """There is no colour to be missed."""
+    found = re.findall(r"#([0-9a-f]{6}|[0-9a-f]{3})\b", report_page(results["fim_ta"], PHASES).decode())
+    assert "1b1b1b" in found
+    assert all(colour[:-2] == colour[2:] if len(colour) == 6 else len({*colour}) == 1 for colour in found)
 
 
 def test_the_page_loads_and_runs_nothing(results: dict[str, dict[str, Any]]) -> None:
