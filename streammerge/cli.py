@@ -109,7 +109,7 @@ def _root(
 
 _options = [*method_options(), *fisher_options(), *calibration_options(), *push_options()]
 _register(merge, *_options)
-_register(plan, *_options, like=merge, drop="no_disk_check dry_run quiet")
+_register(plan, *_options, like=merge, drop="no_disk_check no_report dry_run quiet")
 _register(fisher, *fisher_options(bare=True))
 _register(push, *push_options())
 _register(verify)

@@ -143,6 +143,9 @@ Sample = Annotated[
 SampleSeed = Annotated[int | None, typer.Option(min=0, help="Which ones. (default: 0)", rich_help_panel=SOURCES)]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the inputs through.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in --out, or start anew.")]
+NoReport = Annotated[
+    bool, typer.Option("--no-report", help="Leave out report.html, the figures of the merge; they take a second.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]

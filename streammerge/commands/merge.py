@@ -36,6 +36,7 @@ from streammerge.options import (
     MaxVram,
     MethodName,
     NoDiskCheck,
+    NoReport,
     Out,
     Overwrite,
     PushToHub,
@@ -77,6 +78,7 @@ def merge(
     threads: Threads = None,
     allow_nonfinite: AllowNonfinite = False,
     no_disk_check: NoDiskCheck = False,
+    no_report: NoReport = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     json: AsJson = False,
@@ -151,6 +153,7 @@ def merge(
         save_fisher=save_fisher,
         overwrite=overwrite,
         check_disk=not no_disk_check,
+        report=not no_report,
         progress=not quiet,
     )
     show(result if json else _merged_text(all_visible(result), out))
