@@ -31,7 +31,8 @@ _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_con
 
 
 def model_identity(model: Checkpoint) -> dict[str, Any]:
-    """What tells a model from another: its tensors, and of a local one the files that say how it generates.
+    """What tells a model from another: its tensors; of a local one also size and time of their files, and the SHA-256
+    of what says how it generates.
 
     Raises:
         CheckpointError: it brings no tokenizer.
@@ -41,7 +42,8 @@ def model_identity(model: Checkpoint) -> dict[str, Any]:
     local = model.folder is not None
     texts = {name: model.files.path(name) for name in _TEXTS if local and model.files.has(name)}
     with transfer_errors(f"model {model.id}", "cannot be read"):
-        files = {name: hashlib.sha256(disk.read_file(path)).hexdigest() for name, path in texts.items()}
+        files: dict[str, Any] = {file: list(stamp) for file, stamp in model.stamps().items()}
+        files |= {name: hashlib.sha256(disk.read_file(path)).hexdigest() for name, path in texts.items()}
     return {"id": model.id, "revision": model.revision, "fingerprint": model.fingerprint(), "files": files}
 
 
