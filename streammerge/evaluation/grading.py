@@ -55,7 +55,7 @@ def find_answer(response: str) -> Answer | None:
 
 def is_right(answer: Answer | None, gold: str) -> bool:
     """Whether an answer is right: as a text, case apart, or by math-verify, which takes the right one first."""
-    right = _read(re.sub(r"(?<!\\)\$", "", gold))
+    right = _read(gold)
     if answer is None or right is None:
         return False
     if _words(answer.plain) == _words(right.plain):
@@ -103,4 +103,4 @@ def _scientific(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    return _IN_TEXT.sub(r"\1", text).strip(" .").casefold()
+    return _IN_TEXT.sub(r"\1", text).strip(" .$").casefold()

@@ -226,11 +226,8 @@ class _Model(HFLM):  # type: ignore[misc]
         output = super()._model_generate(context, max_length, stop, **options)
         ends = set(self.model.generation_config.eos_token_id)
         for ids in output[:, context.shape[1] :].tolist():
-            stopped = output.shape[1] < max_length or not ends.isdisjoint(ids)
-            if not stopped:
-                text = self.tokenizer.decode(ids)
-                stopped = any(word in text for word in stop)
-            self._ends.append(stopped)
+            text = self.tokenizer.decode(ids)
+            self._ends.append(not ends.isdisjoint(ids) or any(word in text for word in stop))
         return output
 
 

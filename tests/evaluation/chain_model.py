@@ -39,7 +39,8 @@ def make_chain_model(folder: Path, follow: Mapping[str, str | list[str]], *, bos
 
     Args:
         folder: where.
-        follow: what follows a token; of several, each with the same probability. The end token follows all others.
+        follow: what follows a token; of several, each with nearly the same probability, the first with the highest.
+            The end token follows all others.
         bos: have the tokenizer put a token before every text.
         config: of the Llama.
     """
@@ -69,8 +70,9 @@ def make_chain_model(folder: Path, follow: Mapping[str, str | list[str]], *, bos
         model.model.embed_tokens.weight.copy_(torch.eye(size))
         for id in range(size):
             token = tokenizer.convert_ids_to_tokens(id)
-            for after in [*follow[token]] if isinstance(follow.get(token), list) else [follow.get(token, END)]:
-                model.lm_head.weight[tokenizer.convert_tokens_to_ids(after), id] = 10.0
+            after = follow.get(token, END)
+            for place, word in enumerate(after if isinstance(after, list) else [after]):
+                model.lm_head.weight[tokenizer.convert_tokens_to_ids(word), id] = 10 - place / 10_000
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

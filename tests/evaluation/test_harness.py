@@ -128,6 +128,17 @@ def test_greedy_responses_are_the_models_own(tmp_path: Path) -> None:
         assert response.ended == (ids[-1] == 3)
 
 
+def test_every_end_token_of_the_model_ends_a_response(tmp_path: Path) -> None:
+    """Its generation config may name others than the tokenizer's, as Llama 3's does."""
+    chain = {"A": "1", "1": "~", "~": "z", "z": "z", "B": "b", "b": "b"}
+    model = make_chain_model(tmp_path, chain)
+    config = transformers.GenerationConfig.from_pretrained(model)
+    config.update(eos_token_id=[config.eos_token_id, make_tokenizer().convert_tokens_to_ids("~")])
+    config.save_pretrained(model)
+    rows = run(model, plain(), ["A", "B"])
+    assert [(row[0].text, row[0].ended) for row in rows] == [("1~", True), ("b" * 12, False)]
+
+
 def test_the_models_own_way_of_drawing_is_left_out(tmp_path: Path, sevens: Path) -> None:
     """Its generation config asks for sampling and for what would change greedy responses as well."""
     model = make_chain_model(tmp_path, {"A": "b", "b": ["b", "c"], "c": ["b", "c"]})
@@ -169,8 +180,9 @@ def test_what_a_model_cannot_do(tmp_path: Path, sevens: Path, capsys: pytest.Cap
     few = make_chain_model(tmp_path / "few", BOXED_7, max_position_embeddings=16)
     assert run(few, plain(), ["\n"]) == [[Response(r"\boxed{7}", 9, True, "7", True)]]
     assert capsys.readouterr().err == ""
-    run(few, plain(), ["long\n"])
-    assert "made for 16 tokens (max_position_embeddings), prompt and response may take 17" in capsys.readouterr().err
+    rows = run(few, plain(), ["long\n"], Draw(samples=1, temperature=0, seed=None, max_new_tokens=20))
+    assert rows == [[Response(r"\boxed{7}", 9, True, "7", True)]]
+    assert "made for 16 tokens (max_position_embeddings), prompt and response may take 25" in capsys.readouterr().err
     make_tokenizer().save_pretrained(tmp_path / "gpt2")
     transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=120, n_embd=8, n_layer=1, n_head=1, n_positions=16)
@@ -184,11 +196,14 @@ def test_what_a_model_cannot_do(tmp_path: Path, sevens: Path, capsys: pytest.Cap
         harness(tmp_path / "few", plain(), ["?"])
 
 
-def test_the_libraries_say_nothing(sevens: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_libraries_say_nothing(
+    sevens: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """Neither bars nor warnings where there is no terminal; and what was set stays set."""
     before = logging.getLogger("lm_eval").level, lm_eval.api.task.tqdm, transformers.utils.logging.get_verbosity()
     assert run(sevens, read_task("gsm8k"), ["3 and 4?"])
     assert capfd.readouterr() == ("", "")
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     assert before == (
         logging.getLogger("lm_eval").level,
         lm_eval.api.task.tqdm,

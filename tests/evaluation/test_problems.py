@@ -49,6 +49,7 @@ def test_a_row(row: dict[str, Any], question: str, answer: str) -> None:
         ({"question": "?", "final_answer": []}, "line 2: no text in field 'final_answer'"),
         ({"problem": "?", "solution": "no box"}, "line 2: no text in field 'final_answer'"),
         ([1], "line 2: not a mapping of fields"),
+        ({"question": "a\ud800", "answer": "1"}, "line 2: holds one half of a character"),
     ],
 )
 def test_a_row_that_is_none(write_rows: WriteRows, row: Any, message: str) -> None:
