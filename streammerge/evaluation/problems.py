@@ -83,7 +83,8 @@ def problem(row: Any, where: str = "") -> dict[str, str]:
         if not found:
             has = ", ".join(sorted(map(str, row))) or "nothing"
             raise RecipeError(f"{where}: no text in field {' or '.join(map(repr, names))} (it has {has})")
-    if not (question + answer).isascii() and (question + answer).encode("utf-8", "ignore").decode() != question + answer:
+    text = question + answer
+    if text.encode("utf-8", "ignore").decode() != text:
         raise RecipeError(f"{where}: holds one half of a character (an unpaired surrogate)")
     for pair in (("true", "false"), ("yes", "no")):
         if answer.lower() in pair:
