@@ -7,14 +7,13 @@ its model watches that. Importing this takes seconds, for it imports torch and t
 from __future__ import annotations
 
 import logging
-import sys
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import lm_eval.api.task
@@ -24,13 +23,14 @@ from lm_eval.api.model import CacheHook
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from streammerge.errors import CheckpointError
 from streammerge.evaluation.grading import grade
 from streammerge.evaluation.task_files import FOLDER, TaskFile
 from streammerge.fisher.measure import find_device
-from streammerge.progress import tell
+from streammerge.progress import progress_bar, tell
 
 TESTED = "0.4.13"
 LIBRARIES = ("lm_eval", "transformers", "torch")
@@ -144,7 +144,7 @@ class Harness:
                 trust_remote_code=trust_remote_code,
                 max_length=room,
             )
-        self._model.show = progress and sys.stderr.isatty()
+        self._model.show = progress
 
     @property
     def device(self) -> str:
@@ -164,6 +164,7 @@ class Harness:
             return {"accuracy": float(graded[doc["id"]][2])}
 
         task.set_config("process_results", process_results)
+        self._model.label = name
         self._model.end_with(task.config.generation_kwargs["until"])
         gpus = [self._device] if self._device.type == "cuda" else []
         with _quiet(), torch.random.fork_rng(gpus):
@@ -189,12 +190,13 @@ class _Model(HFLM):  # type: ignore[misc]
 
     Attributes:
         show: show a progress bar.
+        label: what it says.
         ended: by problem, for each of its responses whether it ended by itself.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.show = False
+        self.show, self.label = False, ""
         self.ended: dict[int, list[bool]] = {}
         self._ends: deque[bool] = deque()
         given = self.model.generation_config.eos_token_id
@@ -212,9 +214,10 @@ class _Model(HFLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         del disable_tqdm
-        watch = _Watch(self._ends)
-        self.set_cache_hook(watch)
-        texts: list[str] = super().generate_until(requests, disable_tqdm=not self.show)
+        with progress_bar(len(requests), self.label, "response", self.show) as bar:
+            watch = _Watch(self._ends, bar)
+            self.set_cache_hook(watch)
+            texts: list[str] = super().generate_until(requests, disable_tqdm=True)
         self.ended = defaultdict(list)
         for request, text in zip(requests, texts, strict=True):
             same, ended = watch.seen[request.args[0]].popleft()
@@ -234,14 +237,15 @@ class _Model(HFLM):  # type: ignore[misc]
 class _Watch(CacheHook):  # type: ignore[misc]
     """Told of every response as it comes, in the order of generation, which is another than that of the requests."""
 
-    def __init__(self, ends: deque[bool]) -> None:
+    def __init__(self, ends: deque[bool], bar: tqdm[NoReturn]) -> None:
         super().__init__(None)
-        self._ends = ends
+        self._ends, self._bar = ends, bar
         self.seen: dict[str, deque[tuple[str, bool]]] = defaultdict(deque)
 
     def add_partial(self, attr: str, req: Any, res: str) -> None:
         del attr
         self.seen[req[0]].append((res, self._ends.popleft()))
+        self._bar.update()
 
 
 def _make_task(task: TaskFile, rows: Sequence[Mapping[str, str]], draw: Draw) -> Any:

@@ -2,7 +2,10 @@
 
 import inspect
 import logging
+import re
+import sys
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 
 import lm_eval.api.task
@@ -194,6 +197,16 @@ def test_what_a_model_cannot_do(tmp_path: Path, sevens: Path, capsys: pytest.Cap
     endless.save_pretrained(tmp_path / "few")
     with pytest.raises(CheckpointError, match="its tokenizer names no end token"):
         harness(tmp_path / "few", plain(), ["?"])
+
+
+def test_a_bar_counts_the_responses(sevens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert run(sevens, read_task("gsm8k"), ["3 and 4?", "1 and 1?"], batch_size=1)
+    shown = [line for line in re.split(r"[\r\n]+", terminal.getvalue()) if line.strip()]
+    assert all(line.startswith("gsm8k: ") for line in shown)
+    assert "2/2" in shown[-1] and "response/s" in shown[-1]
 
 
 def test_the_libraries_say_nothing(

@@ -1,10 +1,12 @@
 """The task files: the papers' settings, and that lm-evaluation-harness runs them without us."""
 
+from pathlib import Path
 from typing import Any
 
 import datasets
 import lm_eval.api.task
 import pytest
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from streammerge.evaluation.grading import process_results
@@ -61,6 +63,15 @@ def test_the_settings_of_the_papers(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert len(ours.hub.revision) == 40
     size, rows, sha256 = KNOWN[name]
     assert (ours.hub.size, ours.hub.sha256, task.config.metadata["rows"]) == (size, sha256, rows)
+
+
+def test_the_harness_runs_a_task_without_us(sevens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"question": "3 and 4?", "answer": "#### 7"}, {"question": "2 and 2?", "answer": "#### 4"}]
+    found = {"test": datasets.Dataset.from_list(rows)}
+    monkeypatch.setattr(lm_eval.api.task.datasets, "load_dataset", lambda **_: found)
+    tasks = TaskManager(include_path=str(FOLDER), include_defaults=False).load(["streammerge_gsm8k"])
+    result = lm_eval.evaluate(HFLM(str(sevens), device="cpu", batch_size=2), tasks, bootstrap_iters=0)
+    assert result["results"]["streammerge_gsm8k"]["accuracy,none"] == 0.5
 
 
 def test_the_small_problems_are_asked_plainly() -> None:
