@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from streammerge.errors import CheckpointError
-from streammerge.evaluation.grading import grade
+from streammerge.evaluation.grading import FINDERS, find_answer, grade
 from streammerge.evaluation.task_files import FOLDER, TaskFile
 from streammerge.fisher.measure import find_device
 from streammerge.progress import progress_bar, tell
@@ -158,9 +158,10 @@ class Harness:
         """Run one of the tasks; the problems in the order of its file."""
         task, draw = self._tasks[name]
         graded: dict[int, Any] = {}
+        find = FINDERS.get(name, find_answer)
 
         def process_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
-            graded[doc["id"]] = grade(results[0], doc["answer"])
+            graded[doc["id"]] = grade(results[0], doc["answer"], find)
             return {"accuracy": float(graded[doc["id"]][2])}
 
         task.set_config("process_results", process_results)
@@ -256,6 +257,7 @@ def _make_task(task: TaskFile, rows: Sequence[Mapping[str, str]], draw: Draw) ->
     ours = {
         "custom_dataset": lambda **_: {"test": datasets.Dataset.from_dict(kept)},
         "process_docs": None,
+        "doc_to_text": task.prompt,
         "repeats": draw.samples,
         "generation_kwargs": {**drawn, **(sampling if draw.temperature else {"do_sample": False})},
         "filter_list": [{"name": "all", "filter": [{"function": "take_first_k", "k": draw.samples}]}],

@@ -69,6 +69,19 @@ def test_votes_of_sampled_responses(tmp_path: Path, data: Path, run: Run) -> Non
         assert scores["accuracy"] == sum(elected) / len(rows)
 
 
+def test_small_problems_are_asked_and_answered_plainly(tmp_path: Path, write_rows: WriteRows, run: Run) -> None:
+    """The last of a question leads to an answer after the word, to another, or to a chain without the word."""
+    chain = {"?": "x", "x": " ", " ": "7", "!": "a", "a": "n", "n": "s", "s": "w", "w": "e", "e": "r", "r": " "}
+    model = make_chain_model(tmp_path / "model", chain)
+    rows = [{"question": "1 ?", "answer": 7}, {"question": "2 !", "answer": 7}, {"question": "3 !", "answer": "8"}]
+    data = write_rows("mini_l2s.jsonl", rows).parent
+    result = run("eval", model, "--tasks", "mini_l2s", "--data", data, "--json")
+    assert (result.code, result.err) == (0, "")
+    scores = json.loads(result.out)["tasks"]["mini_l2s"]
+    assert (scores["accuracy"], scores["no_answer"]) == (1 / 3, 1 / 3)
+    assert scores["mean_length"] == (len("x 7") + 2 * len("answer 7")) / 3
+
+
 def test_what_is_written(sevens: Path, data: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "results" / "sevens"
     assert run("eval", sevens, *TASKS, "--data", data, "--out", out).code == 0

@@ -2,7 +2,14 @@
 
 import pytest
 
-from streammerge.evaluation.grading import find_answer, grade, is_right, process_results
+from streammerge.evaluation.grading import (
+    find_answer,
+    find_mini_l2s_answer,
+    grade,
+    is_right,
+    process_mini_l2s,
+    process_results,
+)
 from streammerge.evaluation.problems import last_box
 
 
@@ -86,6 +93,25 @@ def test_right(response: str, gold: str) -> None:
 )
 def test_wrong(response: str, gold: str) -> None:
     assert not right(response, gold)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer"),
+    [
+        ("answer 12", "12"),
+        ("5 + 7 = 12 . so 5 , 12 answer 12", "12"),
+        ("answer 3 again answer 4", "4"),
+        ("5 + 7 = 12 . so 5 , 12", None),
+        ("5 + 7 = 12 . answer", None),
+        ("answer 12 . check answer", None),
+        ("", None),
+    ],
+)
+def test_answers_to_the_small_problems(response: str, answer: str | None) -> None:
+    found = find_mini_l2s_answer(response)
+    assert (found and found.text) == answer
+    doc = {"question": "?", "answer": answer or "12"}
+    assert process_mini_l2s(doc, [response])["accuracy"] == (answer is not None)
 
 
 def test_the_right_answer_goes_first_to_math_verify() -> None:

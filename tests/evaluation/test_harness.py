@@ -39,7 +39,7 @@ def run(
 
 def plain(*until: str) -> TaskFile:
     """The question is the prompt."""
-    return TaskFile("mini_l2s", "streammerge_mini_l2s", "{{question}}", until, 256, None)
+    return TaskFile("gsm8k", "streammerge_gsm8k", "{{question}}", until, 256, None)
 
 
 def test_the_version_whose_insides_are_used() -> None:
