@@ -30,6 +30,7 @@ from streammerge.errors import CheckpointError
 from streammerge.evaluation.grading import FINDERS, find_answer, grade
 from streammerge.evaluation.task_files import FOLDER, TaskFile
 from streammerge.fisher.measure import find_device
+from streammerge.hub.xet import limit_xet_memory
 from streammerge.progress import progress_bar, tell
 
 TESTED = "0.4.13"
@@ -115,6 +116,7 @@ class Harness:
         progress: bool,
         questions: Mapping[TaskFile, tuple[Sequence[Mapping[str, str]], Draw]],
     ) -> None:
+        limit_xet_memory()  # which the harness, imported, has lifted
         self._tasks = {}
         self._device = find_device(device)
         with _quiet():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,7 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for task in TASKS:
         path = folder / f"{task}.json"
-        if path.is_file():
+        if os.path.isfile(path):  # unlike Path.is_file, False for a name the system cannot hold
             with transfer_errors(path, "cannot be read"):
                 raw = disk.read_file(path)
             try:

@@ -95,6 +95,7 @@ def test_what_was_not_measured_alike(sevens: Path, data: Path, tmp_path: Path, r
         (("a",), "give at least two models"),
         (("a", "b", "a"), "a is given twice"),
         (("nowhere", "neither"), "model nowhere: there is no such folder"),
+        (("n" * 300, "neither"), f"model {'n' * 300}: there is no such folder"),
     ],
 )
 def test_refused(
@@ -104,6 +105,15 @@ def test_refused(
     result = run("eval", "--compare", *models, *TASKS, "--data", data)
     assert (result.code, result.err.count("\n")) == (1, 1)
     assert message in result.err
+
+
+def test_control_characters_in_a_name(sevens: Path, data: Path, tmp_path: Path, run: Run) -> None:
+    raw = tmp_path / "we\x1b[31m|ird\n"
+    copytree(sevens, raw)
+    result = run("eval", "--compare", raw, sevens, "--tasks", "math500", "--data", data, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[2].startswith("we\\x1b[31m|ird\\n  ")
+    assert (tmp_path / "out" / "compare.md").read_text().splitlines()[2].startswith("| we\\x1b[31m\\|ird\\n | ")
 
 
 def test_names() -> None:

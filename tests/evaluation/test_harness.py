@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import os
 import re
 import sys
 from importlib.metadata import version
@@ -216,6 +217,7 @@ def test_the_libraries_say_nothing(
     before = logging.getLogger("lm_eval").level, lm_eval.api.task.tqdm, transformers.utils.logging.get_verbosity()
     assert run(sevens, read_task("gsm8k"), ["3 and 4?"])
     assert capfd.readouterr() == ("", "")
+    assert "HF_XET_HIGH_PERFORMANCE" not in os.environ
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
     assert before == (
         logging.getLogger("lm_eval").level,
