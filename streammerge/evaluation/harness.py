@@ -26,10 +26,11 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from streammerge.errors import CheckpointError
+from streammerge.errors import CheckpointError, StreammergeError
 from streammerge.evaluation.grading import FINDERS, find_answer, grade
 from streammerge.evaluation.task_files import FOLDER, TaskFile
 from streammerge.fisher.measure import find_device
+from streammerge.host import memory_errors
 from streammerge.hub.xet import limit_xet_memory
 from streammerge.progress import progress_bar, tell
 
@@ -102,7 +103,7 @@ class Harness:
 
     Raises:
         RecipeError: there is no such device.
-        CheckpointError: the tokenizer names no end token, or the model has too few positions.
+        CheckpointError: transformers cannot load it, its tokenizer names no end token, or it has too few positions.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Harness:
         limit_xet_memory()  # which the harness, imported, has lifted
         self._tasks = {}
         self._device = find_device(device)
-        with _quiet():
+        with _quiet(), _loading_errors(path), memory_errors(f"loading {path}", "take another --device"):
             config = transformers.AutoConfig.from_pretrained(
                 path, revision=revision, trust_remote_code=trust_remote_code
             )
@@ -139,6 +140,7 @@ class Harness:
             _check_positions(path, config, room)
             self._model = _Model(
                 pretrained=path,
+                backend="causal",
                 revision=revision or "main",
                 tokenizer=tokenizer,
                 device=str(self._device),
@@ -185,6 +187,18 @@ class Harness:
         return solved
 
 
+class _Whole:
+    """Loads a causal language model, all of it: transformers would make up what is missing, and say so in a warning."""
+
+    @staticmethod
+    def from_pretrained(path: str, **options: Any) -> Any:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        if missing := info["missing_keys"]:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(f"model {path}: tensor {min(missing)!r} is missing{more}")
+        return model
+
+
 class _Model(HFLM):  # type: ignore[misc]
     """The harness's model, which also tells what ended by itself, and draws as it is told to, whatever the model likes.
 
@@ -196,6 +210,8 @@ class _Model(HFLM):  # type: ignore[misc]
         label: what it says.
         ended: by problem, for each of its responses whether it ended by itself.
     """
+
+    AUTO_MODEL_CLASS = _Whole
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -277,6 +293,20 @@ def _check_positions(path: str, config: Any, room: int) -> None:
     if not getattr(config, "rope_parameters", None):
         raise CheckpointError(f"{told}: give a smaller --max-new-tokens")
     tell(f"{told}: beyond that its rotary positions are extrapolated")
+
+
+@contextmanager
+def _loading_errors(path: str) -> Iterator[None]:
+    """What transformers and tokenizers say of files that they cannot load, in one line."""
+    try:
+        yield
+    except StreammergeError:
+        raise
+    except Exception as error:  # what is wrong with a model may break transformers anywhere
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(
+            f"model {path}: transformers {transformers.__version__} cannot load it as a causal language model: {reason}"
+        ) from error
 
 
 @contextmanager

@@ -9,14 +9,17 @@ from shutil import copytree
 from typing import Any
 
 import pytest
+import torch
 from evaluation.chain_model import BOXED_7, make_chain_model
 from evaluation.conftest import WriteRows
+from huggingface_hub import close_session, constants
 from tiny_models import Run, content, edit, edit_config
 
 import streammerge
 from streammerge.errors import RecipeError
 from streammerge.evaluation import run as run_module
 from streammerge.evaluation.harness import Harness
+from streammerge.testing import Hub
 
 TASKS = ("--tasks", "gsm8k,math500")
 
@@ -177,11 +180,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "in the model": (("--out", "{model}/results"), "output folder {model}/results lies in the model"),
     "no result": (("--out", "{tmp}/other"), "{tmp}/other/gsm8k.json: no result of `streammerge eval`"),
     "no device": (("--device", "abacus"), "--device abacus: there is no such device here"),
-    "a Hub's code": (("--trust-remote-code", "--tasks", "gsm8k"), ""),
 }
 
 
-@pytest.mark.parametrize(("options", "message"), [*REFUSED.values()][:-1], ids=[*REFUSED][:-1])
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
 def test_refused_before_the_model_is_loaded(
     sevens: Path,
     data: Path,
@@ -217,6 +219,59 @@ def test_models_that_are_none(sevens: Path, data: Path, tmp_path: Path, run: Run
     assert (result.code, result.err.count("\n")) == (1, 1)
     assert f"model {bare}: brings no tokenizer" in result.err
     assert run("eval", sevens, sevens, *options).code == 2
+    strange = Path(copytree(sevens, tmp_path / "strange"))
+    edit_config(strange, model_type="abacus", architectures=["Abacus"])
+    result = run("eval", strange, *options)
+    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert f"model {strange}: transformers 5" in result.err and "cannot load it as a causal language" in result.err
+    edit_config(strange, auto_map={"AutoConfig": "org/other--code.Config"})
+    result = run("eval", strange, *options, "--trust-remote-code")
+    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert "its config takes code from another repository, not pinned" in result.err
+    result = run("eval", "org/model", *options, "--trust-remote-code")
+    assert (result.code, result.err.count("\n")) == (1, 1) and "pin org/model to the commit" in result.err
+    holed = Path(copytree(sevens, tmp_path / "holed"))
+    edit(holed, lambda state: state.pop("model.norm.weight"))
+    result = run("eval", holed, *options)
+    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert f"model {holed}: tensor 'model.norm.weight' is missing" in result.err
+    edit(holed, lambda state: state.update({"model.norm.weight": torch.ones(3)}))
+    result = run("eval", holed, *options)
+    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert f"model {holed}: transformers 5" in result.err
+
+
+def test_too_little_memory(sevens: Path, data: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("streammerge.evaluation.harness.HFLM._model_generate", full)
+    result = run("eval", sevens, *TASKS, "--data", data)
+    expected = f"evaluating {sevens} ran out of memory: take a smaller --batch-size or --max-new-tokens"
+    assert (result.code, result.err) == (1, f"streammerge: error: {expected}\n")
+
+
+def test_a_model_on_the_hub(
+    sevens: Path, data: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the commit that its branch was at."""
+    close_session()
+    with Hub() as hub:
+        commit = hub.add("org/sevens", sevens)
+        for name, value in {
+            "ENDPOINT": hub.url,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_DISABLE_XET": True,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        options = ("--tasks", "math500", "--data", data, "--json")
+        result = run("eval", "org/sevens", *options)
+        assert (result.code, result.err) == (0, "")
+        found = json.loads(result.out)
+        assert found["tasks"]["math500"]["accuracy"] == 1
+        assert found["model"] == {"id": "org/sevens", "revision": commit}
+    close_session()
 
 
 @pytest.mark.parametrize("missing", ["lm_eval", "math_verify"])

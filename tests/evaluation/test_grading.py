@@ -144,6 +144,12 @@ def test_the_last_box(text: str, box: str | None) -> None:
     assert last_box(text) == box
 
 
+def test_what_takes_too_long_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number has 370 million digits."""
+    monkeypatch.setattr("streammerge.evaluation.grading._SECONDS", 1)
+    assert not right(r"\boxed{9^{9^{9}}}", "12")
+
+
 BOX = r"so \boxed{{{}}}"
 
 
