@@ -245,11 +245,12 @@ def test_imports_point_upwards(module: str) -> None:
     assert [name for name in below if (module, name) not in LAZY] == []
 
 
-# What strict recipes and the command line stand on; `rich` and what it brings only draw a help page.
+# What strict recipes and the command line stand on; `rich` and what it brings only draw a help page. It looks at `attr`
+# where that is installed, as with the extra `eval`.
 PYDANTIC = {"annotated_types", "pydantic", "pydantic_core", "typing_extensions", "typing_inspection"}
 PACKAGE_NEEDS = {*PYDANTIC, "tqdm", "yaml", "cython_runtime", "streammerge"}
 COMMAND_NEEDS = {*PACKAGE_NEEDS, "annotated_doc", "click", "shellingham", "typer"}
-HELP_NEEDS = {*COMMAND_NEEDS, "markdown_it", "mdurl", "pygments", "rich"}
+HELP_NEEDS = {*COMMAND_NEEDS, "attr", "markdown_it", "mdurl", "pygments", "rich"}
 
 
 def installed_modules(statement: str) -> set[str]:

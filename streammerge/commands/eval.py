@@ -18,9 +18,7 @@ from streammerge.text import all_visible
 def eval(
     models: Annotated[
         list[str],
-        typer.Argument(
-            metavar="MODEL...", help="Folder or org/name\\[@revision]; with --compare several, or folders of results."
-        ),
+        typer.Argument(help="Folder or org/name\\[@revision]; with --compare several, or folders of results."),
     ],
     compare: Annotated[
         bool,

@@ -17,6 +17,7 @@ from streammerge.evaluation.settings import TASKS, EvaluationSettings
 from streammerge.evaluation.store import COMPARISON, check_folder, read_results, write_files
 from streammerge.evaluation.text import comparison_markdown
 from streammerge.schema import build
+from streammerge.text import all_visible
 
 
 def compare(
@@ -77,7 +78,7 @@ def compare(
         ]
     result = {"version": __version__, "tasks": shown, "models": rows}
     if out is not None:
-        texts = {"json": json.dumps(result, indent=2) + "\n", "md": comparison_markdown(result)}
+        texts = {"json": json.dumps(result, indent=2) + "\n", "md": comparison_markdown(all_visible(result))}
         write_files(Path(out), {f"{COMPARISON}.{end}": text for end, text in texts.items()})
     return result
 

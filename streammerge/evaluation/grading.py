@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -53,9 +53,20 @@ def find_answer(response: str) -> Answer | None:
     return Answer("".join(str(parsed[-1]).split()), str(parsed[-1]), parsed) if parsed else None
 
 
+def find_mini_l2s_answer(response: str) -> Answer | None:
+    """The word right after the last `answer`, as the small problems are answered: a chain that was cut has none."""
+    words = response.split()
+    places = [place for place, word in enumerate(words[:-1]) if word == "answer"]
+    return _read(words[places[-1] + 1]) if places and words[-1] != "answer" else None
+
+
+FINDERS: Mapping[str, Callable[[str], Answer | None]] = {"mini_l2s": find_mini_l2s_answer}
+"""By task, what finds its answers; `find_answer` where nothing else is said."""
+
+
 def is_right(answer: Answer | None, gold: str) -> bool:
     """Whether an answer is right: as a text, case apart, or by math-verify, which takes the right one first."""
-    right = _read(re.sub(r"(?<!\\)\$", "", gold))
+    right = _read(gold)
     if answer is None or right is None:
         return False
     if _words(answer.plain) == _words(right.plain):
@@ -75,19 +86,28 @@ def vote(answers: Sequence[Answer | None]) -> int | None:
     return next(place for place, answer in enumerate(answers) if answer is not None and answer.text == winner)
 
 
-def grade(responses: Sequence[str], gold: str) -> tuple[list[str | None], list[bool], bool]:
+def grade(
+    responses: Sequence[str], gold: str, find: Callable[[str], Answer | None] = find_answer
+) -> tuple[list[str | None], list[bool], bool]:
     """Of several responses to one problem: their answers, whether each is right, and whether their vote is."""
-    answers = [find_answer(response) for response in responses]
+    answers = [find(response) for response in responses]
     right = [is_right(answer, gold) for answer in answers]
     place = vote(answers)
     return [None if answer is None else answer.text for answer in answers], right, place is not None and right[place]
 
 
-def process_results(doc: Mapping[str, str], results: Sequence[Any]) -> dict[str, float]:
+def process_results(
+    doc: Mapping[str, str], results: Sequence[Any], find: Callable[[str], Answer | None] = find_answer
+) -> dict[str, float]:
     """What lm-evaluation-harness asks of a task: the metrics of one problem, from its one response or list of them."""
     (responses,) = results
-    _, right, elected = grade([responses] if isinstance(responses, str) else responses, doc["answer"])
+    _, right, elected = grade([responses] if isinstance(responses, str) else responses, doc["answer"], find)
     return {"accuracy": float(elected), "sample_accuracy": sum(right) / len(right)}
+
+
+def process_mini_l2s(doc: Mapping[str, str], results: Sequence[Any]) -> dict[str, float]:
+    """`process_results` of the small problems."""
+    return process_results(doc, results, find_mini_l2s_answer)
 
 
 def _read(latex: str) -> Answer | None:
@@ -103,4 +123,4 @@ def _scientific(text: str) -> str:
 
 
 def _words(text: str) -> str:
-    return _IN_TEXT.sub(r"\1", text).strip(" .").casefold()
+    return _IN_TEXT.sub(r"\1", text).strip(" .$").casefold()

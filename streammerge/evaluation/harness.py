@@ -7,14 +7,13 @@ its model watches that. Importing this takes seconds, for it imports torch and t
 from __future__ import annotations
 
 import logging
-import sys
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NoReturn
 
 import datasets
 import lm_eval.api.task
@@ -24,13 +23,16 @@ from lm_eval.api.model import CacheHook
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from streammerge.errors import CheckpointError
-from streammerge.evaluation.grading import grade
+from streammerge.errors import CheckpointError, StreammergeError
+from streammerge.evaluation.grading import FINDERS, find_answer, grade
 from streammerge.evaluation.task_files import FOLDER, TaskFile
 from streammerge.fisher.measure import find_device
-from streammerge.progress import tell
+from streammerge.host import memory_errors
+from streammerge.hub.xet import limit_xet_memory
+from streammerge.progress import progress_bar, tell
 
 TESTED = "0.4.13"
 LIBRARIES = ("lm_eval", "transformers", "torch")
@@ -101,7 +103,7 @@ class Harness:
 
     Raises:
         RecipeError: there is no such device.
-        CheckpointError: the tokenizer names no end token, or the model has too few positions.
+        CheckpointError: transformers cannot load it, its tokenizer names no end token, or it has too few positions.
     """
 
     def __init__(
@@ -115,9 +117,10 @@ class Harness:
         progress: bool,
         questions: Mapping[TaskFile, tuple[Sequence[Mapping[str, str]], Draw]],
     ) -> None:
+        limit_xet_memory()  # which the harness, imported, has lifted
         self._tasks = {}
         self._device = find_device(device)
-        with _quiet():
+        with _quiet(), _loading_errors(path), memory_errors(f"loading {path}", "take another --device"):
             config = transformers.AutoConfig.from_pretrained(
                 path, revision=revision, trust_remote_code=trust_remote_code
             )
@@ -137,6 +140,7 @@ class Harness:
             _check_positions(path, config, room)
             self._model = _Model(
                 pretrained=path,
+                backend="causal",
                 revision=revision or "main",
                 tokenizer=tokenizer,
                 device=str(self._device),
@@ -144,7 +148,7 @@ class Harness:
                 trust_remote_code=trust_remote_code,
                 max_length=room,
             )
-        self._model.show = progress and sys.stderr.isatty()
+        self._model.show = progress
 
     @property
     def device(self) -> str:
@@ -158,12 +162,14 @@ class Harness:
         """Run one of the tasks; the problems in the order of its file."""
         task, draw = self._tasks[name]
         graded: dict[int, Any] = {}
+        find = FINDERS.get(name, find_answer)
 
         def process_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, float]:
-            graded[doc["id"]] = grade(results[0], doc["answer"])
+            graded[doc["id"]] = grade(results[0], doc["answer"], find)
             return {"accuracy": float(graded[doc["id"]][2])}
 
         task.set_config("process_results", process_results)
+        self._model.label = name
         self._model.end_with(task.config.generation_kwargs["until"])
         gpus = [self._device] if self._device.type == "cuda" else []
         with _quiet(), torch.random.fork_rng(gpus):
@@ -181,6 +187,18 @@ class Harness:
         return solved
 
 
+class _Whole:
+    """Loads a causal language model, all of it: transformers would make up what is missing, and say so in a warning."""
+
+    @staticmethod
+    def from_pretrained(path: str, **options: Any) -> Any:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        if missing := info["missing_keys"]:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise CheckpointError(f"model {path}: tensor {min(missing)!r} is missing{more}")
+        return model
+
+
 class _Model(HFLM):  # type: ignore[misc]
     """The harness's model, which also tells what ended by itself, and draws as it is told to, whatever the model likes.
 
@@ -189,12 +207,15 @@ class _Model(HFLM):  # type: ignore[misc]
 
     Attributes:
         show: show a progress bar.
+        label: what it says.
         ended: by problem, for each of its responses whether it ended by itself.
     """
 
+    AUTO_MODEL_CLASS = _Whole
+
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.show = False
+        self.show, self.label = False, ""
         self.ended: dict[int, list[bool]] = {}
         self._ends: deque[bool] = deque()
         given = self.model.generation_config.eos_token_id
@@ -212,9 +233,10 @@ class _Model(HFLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         del disable_tqdm
-        watch = _Watch(self._ends)
-        self.set_cache_hook(watch)
-        texts: list[str] = super().generate_until(requests, disable_tqdm=not self.show)
+        with progress_bar(len(requests), self.label, "response", self.show) as bar:
+            watch = _Watch(self._ends, bar)
+            self.set_cache_hook(watch)
+            texts: list[str] = super().generate_until(requests, disable_tqdm=True)
         self.ended = defaultdict(list)
         for request, text in zip(requests, texts, strict=True):
             same, ended = watch.seen[request.args[0]].popleft()
@@ -226,25 +248,23 @@ class _Model(HFLM):  # type: ignore[misc]
         output = super()._model_generate(context, max_length, stop, **options)
         ends = set(self.model.generation_config.eos_token_id)
         for ids in output[:, context.shape[1] :].tolist():
-            stopped = output.shape[1] < max_length or not ends.isdisjoint(ids)
-            if not stopped:
-                text = self.tokenizer.decode(ids)
-                stopped = any(word in text for word in stop)
-            self._ends.append(stopped)
+            text = self.tokenizer.decode(ids)
+            self._ends.append(not ends.isdisjoint(ids) or any(word in text for word in stop))
         return output
 
 
 class _Watch(CacheHook):  # type: ignore[misc]
     """Told of every response as it comes, in the order of generation, which is another than that of the requests."""
 
-    def __init__(self, ends: deque[bool]) -> None:
+    def __init__(self, ends: deque[bool], bar: tqdm[NoReturn]) -> None:
         super().__init__(None)
-        self._ends = ends
+        self._ends, self._bar = ends, bar
         self.seen: dict[str, deque[tuple[str, bool]]] = defaultdict(deque)
 
     def add_partial(self, attr: str, req: Any, res: str) -> None:
         del attr
         self.seen[req[0]].append((res, self._ends.popleft()))
+        self._bar.update()
 
 
 def _make_task(task: TaskFile, rows: Sequence[Mapping[str, str]], draw: Draw) -> Any:
@@ -255,6 +275,7 @@ def _make_task(task: TaskFile, rows: Sequence[Mapping[str, str]], draw: Draw) ->
     ours = {
         "custom_dataset": lambda **_: {"test": datasets.Dataset.from_dict(kept)},
         "process_docs": None,
+        "doc_to_text": task.prompt,
         "repeats": draw.samples,
         "generation_kwargs": {**drawn, **(sampling if draw.temperature else {"do_sample": False})},
         "filter_list": [{"name": "all", "filter": [{"function": "take_first_k", "k": draw.samples}]}],
@@ -272,6 +293,20 @@ def _check_positions(path: str, config: Any, room: int) -> None:
     if not getattr(config, "rope_parameters", None):
         raise CheckpointError(f"{told}: give a smaller --max-new-tokens")
     tell(f"{told}: beyond that its rotary positions are extrapolated")
+
+
+@contextmanager
+def _loading_errors(path: str) -> Iterator[None]:
+    """What transformers and tokenizers say of files that they cannot load, in one line."""
+    try:
+        yield
+    except StreammergeError:
+        raise
+    except Exception as error:  # what is wrong with a model may break transformers anywhere
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(
+            f"model {path}: transformers {transformers.__version__} cannot load it as a causal language model: {reason}"
+        ) from error
 
 
 @contextmanager

@@ -83,6 +83,9 @@ def problem(row: Any, where: str = "") -> dict[str, str]:
         if not found:
             has = ", ".join(sorted(map(str, row))) or "nothing"
             raise RecipeError(f"{where}: no text in field {' or '.join(map(repr, names))} (it has {has})")
+    text = question + answer
+    if text.encode("utf-8", "ignore").decode() != text:
+        raise RecipeError(f"{where}: holds one half of a character (an unpaired surrogate)")
     for pair in (("true", "false"), ("yes", "no")):
         if answer.lower() in pair:
             question += f" ({pair[0].capitalize()} or {pair[1].capitalize()})"
@@ -146,11 +149,17 @@ def _find(task: str, data: Path) -> Path:
 
 
 def _download(file: HubFile) -> Path:
+    """The file in the Hub's cache, by the Hub's own client; the Hub is not asked for what is there."""
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
     where = f"data set {file.repository}, file {file.name}"
+    cached = try_to_load_from_cache(file.repository, file.name, revision=file.revision, repo_type="dataset")
+    if isinstance(cached, str):
+        return Path(cached)
+    if constants.is_offline_mode():
+        raise TransferError(f"{where}: not in the local cache, and the Hub cannot be reached (offline?): give --data")
 
     def attempt() -> Path:
-        from huggingface_hub import hf_hub_download
-
         with hub_errors(f"data set {file.repository}", where):
             return Path(hf_hub_download(file.repository, file.name, repo_type="dataset", revision=file.revision))
 

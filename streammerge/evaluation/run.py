@@ -13,13 +13,14 @@ from typing import Any, Self
 from streammerge._version import __version__
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.checkpoints.locate import open_model, require_pinned
-from streammerge.errors import RecipeError
+from streammerge.errors import CheckpointError, RecipeError
 from streammerge.evaluation.problems import Problems, load_problems
 from streammerge.evaluation.scores import averages, task_scores
 from streammerge.evaluation.settings import EvaluationSettings
 from streammerge.evaluation.store import check_folder, model_identity, read_results, require_same, write_result
 from streammerge.evaluation.task_files import TaskFile, read_task
 from streammerge.fisher.placement import default_device
+from streammerge.host import memory_errors
 from streammerge.schema import build
 
 BATCH_SIZE = 8
@@ -98,6 +99,7 @@ def evaluate(
             of the extra `eval` are not installed; called from another thread than the main one.
         CheckpointError: not a model that can be read, without tokenizer, or with too few positions.
         OutputExistsError: `out` holds something else.
+        MemoryBudgetError: it ran out of memory.
         TransferError: the Hub or the disk refuses.
     """
     if not isinstance(settings, EvaluationSettings):
@@ -145,6 +147,8 @@ class Evaluation:
         self._settings, self._problems, self._how, self._folder = settings, problems, how, folder
         self._checkpoint: Checkpoint = open_model(model, progress=how.progress)
         try:
+            if how.trust_remote_code and "--" in str(self._checkpoint.config.get("auto_map")):
+                raise CheckpointError(f"model {model}: its config takes code from another repository, not pinned")
             self.model = model_identity(self._checkpoint)
             self.identities = {task.name: self._identity(task) for task in problems}
             self._done = self._read_done()
@@ -156,7 +160,8 @@ class Evaluation:
         """Run the tasks that are not done, and write them one by one; the results of all."""
         left = [task for task in self._problems if task.name not in self._done]
         if left:
-            self._done |= self._run(left)
+            with memory_errors(f"evaluating {self._checkpoint.id}", "take a smaller --batch-size or --max-new-tokens"):
+                self._done |= self._run(left)
         return {task.name: self._done[task.name] for task in self._problems}
 
     def __enter__(self) -> Self:

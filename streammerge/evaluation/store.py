@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,8 @@ _TOKENIZERS = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_con
 
 
 def model_identity(model: Checkpoint) -> dict[str, Any]:
-    """What tells a model from another: its tensors, and of a local one the files that say how it generates.
+    """What tells a model from another: its tensors; of a local one also size and time of their files, and the SHA-256
+    of what says how it generates.
 
     Raises:
         CheckpointError: it brings no tokenizer.
@@ -41,7 +43,8 @@ def model_identity(model: Checkpoint) -> dict[str, Any]:
     local = model.folder is not None
     texts = {name: model.files.path(name) for name in _TEXTS if local and model.files.has(name)}
     with transfer_errors(f"model {model.id}", "cannot be read"):
-        files = {name: hashlib.sha256(disk.read_file(path)).hexdigest() for name, path in texts.items()}
+        files: dict[str, Any] = {file: list(stamp) for file, stamp in model.stamps().items()}
+        files |= {name: hashlib.sha256(disk.read_file(path)).hexdigest() for name, path in texts.items()}
     return {"id": model.id, "revision": model.revision, "fingerprint": model.fingerprint(), "files": files}
 
 
@@ -75,7 +78,7 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for task in TASKS:
         path = folder / f"{task}.json"
-        if path.is_file():
+        if os.path.isfile(path):  # unlike Path.is_file, False for a name the system cannot hold
             with transfer_errors(path, "cannot be read"):
                 raw = disk.read_file(path)
             try:
