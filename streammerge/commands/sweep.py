@@ -11,7 +11,7 @@ import streammerge
 from streammerge.commands.printing import show
 from streammerge.options import AsJson, Device, DeviceMap, Hub, MaxRam, MaxVram, Quiet, Threads, TrustRemoteCode
 from streammerge.recipe import load_recipe
-from streammerge.sweep.evaluations import mini_pair
+from streammerge.sweep.evaluations import EVALUATIONS, mini_pair
 from streammerge.sweep.grid import parse_grid
 from streammerge.sweep.text import sweep_text
 from streammerge.text import all_visible, visible
@@ -32,7 +32,7 @@ def sweep(
         ),
     ],
     evaluation: Annotated[
-        str, typer.Option("--eval", help="What the merged models are scored by. (default: mini_l2s)")
+        str, typer.Option("--eval", help=f"What the merged models are scored by: {', '.join(EVALUATIONS)}.")
     ] = MINI,
     limit: Annotated[int | None, typer.Option(min=1, help="Score by this many problems. (default: all)")] = None,
     one_by_one: Annotated[
@@ -53,10 +53,9 @@ def sweep(
 ) -> None:
     """Merge a grid of recipes with one Fisher, score each, and print the Pareto front of accuracy and length.
 
-    A value is written as in a recipe, [0.1,0.3] for one with a number for each model. All points are checked before
-    anything is measured. Interrupted, the same command goes on; no finished point and no Fisher is done again.
+    Interrupted, the same command goes on: no finished point and no Fisher is done again. See docs/sweep.md.
 
-    Example: streammerge sweep recipe.yaml --set density=0.1,0.2,0.4 --set importance=fim,norm,product --out sweep
+    Example: streammerge sweep recipe.yaml --set density=0.1,0.2 --set importance=fim,norm --out sweep
     """
     grid = parse_grid(set_)
     own_pair = recipe.replace("-", "_") == MINI and not Path(recipe).exists()
