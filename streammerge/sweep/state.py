@@ -79,6 +79,7 @@ class SweepFolder:
                 content = disk.read_file(self.merged(name) / MANIFEST_FILE)
                 disk.replace_file(self.folder / POINTS_FOLDER / f"{name}.json", content)
             disk.remove_tree(self.merged(name))
+            disk.remove_tree(self.merged(f"{name}.removed"))  # where a kill ended an earlier removal
 
     def write(self, **found: Any) -> None:
         """Write `sweep.json`: what the sweep is of, what is done and, at the end, what was found."""

@@ -182,6 +182,32 @@ def test_stopped_inside_of_a_merge_it_goes_on_there(
     assert calls.count("fisher") == 1, "the second sweep reuses the first one's"
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_stopped_before_or_in_removing_a_merge(
+    calls: Calls, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: bool
+) -> None:
+    """Its score is kept by then; what is left of the merge goes with the next run."""
+    remove = state.disk.remove_tree
+
+    def stopping(folder: Path) -> None:
+        if folder.parent.name != "points":
+            return remove(folder)
+        if half:
+            folder.rename(folder.with_name(f"{folder.name}.removed"))
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state.disk, "remove_tree", stopping)
+        with pytest.raises(Stop):
+            sweep(recipe, tmp_path / "sweep", {"density": [0.1, 0.4]})
+    assert (calls.count("merge"), calls.count("score")) == (1, 1)
+    assert state.disk.remove_tree is remove
+    sweep(recipe, tmp_path / "sweep", {"density": [0.1, 0.4]})
+    assert (calls.count("merge"), calls.count("score")) == (2, 2)
+    left = list((tmp_path / "sweep" / "points").iterdir())
+    assert len(left) == 2 and all(path.suffix == ".json" for path in left)
+
+
 KILLED = """
 import json, os, signal, sys
 import streammerge
