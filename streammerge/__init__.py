@@ -25,6 +25,7 @@ from streammerge.merge import merge
 from streammerge.methods import METHODS
 from streammerge.plan import MergePlan, plan
 from streammerge.recipe import Recipe, load_recipe, make_recipe
+from streammerge.sweep import sweep
 from streammerge.verify import verify
 
 __all__ = [
@@ -48,5 +49,6 @@ __all__ = [
     "merge",
     "plan",
     "push",
+    "sweep",
     "verify",
 ]

@@ -20,6 +20,7 @@ from streammerge.commands.merge import merge, plan
 from streammerge.commands.methods import methods
 from streammerge.commands.printing import safe_lines
 from streammerge.commands.push import push
+from streammerge.commands.sweep import sweep
 from streammerge.commands.verify import verify
 from streammerge.errors import StreammergeError
 from streammerge.options import (
@@ -113,6 +114,7 @@ _register(plan, *_options, like=merge, drop="no_disk_check no_report dry_run qui
 _register(fisher, *fisher_options(bare=True))
 _register(push, *push_options())
 _register(verify)
+_register(sweep)
 _register(methods)
 _register(diagnose, *diagnose_options())
 _register(eval, *evaluation_options())

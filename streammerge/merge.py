@@ -23,7 +23,7 @@ from streammerge.errors import RecipeError
 from streammerge.fisher import check as check_fisher
 from streammerge.fisher import fisher as measure_fisher
 from streammerge.fisher.placement import FisherRun
-from streammerge.fisher.store import FISHER_FILE, FisherRecord, check_same_base, open_fisher
+from streammerge.fisher.store import FisherRecord, check_same_base, is_finished, open_fisher
 from streammerge.heap import give_back
 from streammerge.host import memory_errors, require_memory
 from streammerge.hub.card import Licence, coefficient_plot, model_card, stated_licence
@@ -133,7 +133,7 @@ def merge(
             if push is not None:
                 stack.enter_context(push.begin(writer, keep=keep, progress=progress))
             for number, (folder, model) in enumerate(unmeasured):
-                if not _is_finished(folder):
+                if not is_finished(folder):
                     with timeline.phase("Fisher"):
                         _measure(job, model, folder, run, overwrite, check_disk, progress)
                 job.fishers.append(_left_fisher(job, model, folder, sources[number]["fingerprint"]))
@@ -249,7 +249,7 @@ def _check_fishers(
         folders[0] = Path(save_fisher)
     unmeasured = [] if job.fishers else [*zip(folders, job.of_fishers, strict=True)]
     for folder, model in unmeasured:
-        if save_fisher is None or not _is_finished(folder):
+        if save_fisher is None or not is_finished(folder):
             check_fisher(model, job.recipe.fisher, run)
     return unmeasured
 
@@ -264,12 +264,8 @@ def _check_save_fisher(job: MergePlan, folder: Path, out: Path) -> None:
             f"method {job.recipe.method} measures a Fisher of every model, and --save-fisher keeps one: make each with "
             "`streammerge fisher` and give them with --fisher"
         )
-    if not _is_finished(folder):
+    if not is_finished(folder):
         check_output(folder, [job.base.folder, out], overwrite=False)
-
-
-def _is_finished(fisher: Path) -> bool:
-    return (fisher / FISHER_FILE).is_file() and not (fisher / WORK_DIR).exists()
 
 
 def _measure(

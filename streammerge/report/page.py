@@ -91,7 +91,9 @@ def _blocks(result: Mapping[str, Any]) -> str:
     ]
     if (sizes := size_panel(rows)) is not None:
         alt = "Mean Fisher and mean square of the task vector of each decoder block; the numbers are in the table below"
-        caption = "Fisher of the base and size of the task vector, means over the block's matrices, on log scales."
+        caption = (
+            "Fisher of the base and size of the task vector, means over a block's matrices or of each, on log scales."
+        )
         drawn.append(figure(inline(sizes, "sizes", alt), caption))
     return section("Blocks", figures(drawn), _block_table(result))
 
@@ -137,9 +139,10 @@ def _tensors(result: Mapping[str, Any]) -> str:
     if ratios:
         told = "Norm of the merged tensor's outputs over the base's, before it is rescaled; dotted: unchanged."
         drawn.append(_strips(ratios, "norms", told, lambda ratio: f"{ratio:.3f}", _around(ratios, 1.0), 1.0))
-    if coefficients and not result["blocks"] and len({*_values(coefficients)}) > 1:
+    of_tensors = not result["blocks"] or any("tensor" in row for row in result["blocks"])
+    if coefficients and of_tensors and len({*_values(coefficients)}) > 1:
         told = "Merge coefficient per tensor."
-        drawn.append(_strips(coefficients, "coefficients", told, _plain, _around(coefficients, 0.0)))
+        drawn.append(_strips(coefficients, "coefficients", told, _plain, _around(coefficients)))
     rows = [_tensor_row(name, entry) for name, entry in list(result["tensors"].items())[:MOST_TENSORS]]
     left = len(result["tensors"]) - len(rows)
     more = f", the first {len(rows)}; the other {left} are in streammerge.json" if left else ""
@@ -174,9 +177,10 @@ def _values(found: Sequence[Strip]) -> list[float]:
     return [value for strip in found for value in strip.values]
 
 
-def _around(found: Sequence[Strip], line: float) -> tuple[float, float]:
-    """Limits of a scale with all values and the line in it."""
-    low, high = min(line, *_values(found)), max(line, *_values(found))
+def _around(found: Sequence[Strip], *lines: float) -> tuple[float, float]:
+    """Limits of a scale with all values and the lines in it."""
+    values = [*lines, *_values(found)]
+    low, high = min(values), max(values)
     return (low, high) if low < high else (low - 0.01, high + 0.01)
 
 
