@@ -101,7 +101,20 @@ class Bench:
     def _ours(self, method: str, case: Case) -> list[str]:
         models = [word for model in self.experts[: case.experts] for word in ("--ft", str(model))]
         options = [word for key, value in case.ours.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-        return [*OURS, "merge", "--base", str(self.base), *models, "-m", method, *options, "-o", str(self.out), "-q"]
+        return [
+            *OURS,
+            "merge",
+            "--base",
+            str(self.base),
+            *models,
+            "-m",
+            method,
+            *options,
+            "-o",
+            str(self.out),
+            "-q",
+            "--no-report",
+        ]
 
     def _theirs(self, method: str, case: Case, python: Path) -> list[str]:
         models = [*([self.base] if case.base_is_model else []), *self.experts[: case.experts]]

@@ -68,7 +68,7 @@ def merged(folder: Path, shape: str, experts: Sequence[int], methods: Sequence[s
             commands[FLOOR, count] = [*RAW, *read, "--write", str(out)]
             named = ["--base", str(base), *(word for model in tuned[:count] for word in ("--ft", str(model)))]
             for method in methods:
-                commands[method, count] = [*OURS, "merge", *named, "-m", method, "-o", str(out), "-q"]
+                commands[method, count] = [*OURS, "merge", *named, "-m", method, "-o", str(out), "-q", "--no-report"]
         contenders = {f"{m}, {n}": _runner(command, [base, *tuned], out) for (m, n), command in commands.items()}
         say = lambda line: print(f"{shape}: {line}", file=sys.stderr, flush=True)  # noqa: E731
         found = in_turn(contenders, runs, 600, say)

@@ -15,6 +15,8 @@ from streammerge._version import __version__
 from streammerge.diagnose import diagnose
 from streammerge.diagnose.settings import DiagnoseSettings
 from streammerge.errors import StreammergeError
+from streammerge.evaluation import compare, evaluate
+from streammerge.evaluation.settings import EvaluationSettings
 from streammerge.fisher import fisher
 from streammerge.fisher.store import FisherSettings
 from streammerge.hub.push import push
@@ -23,11 +25,13 @@ from streammerge.merge import merge
 from streammerge.methods import METHODS
 from streammerge.plan import MergePlan, plan
 from streammerge.recipe import Recipe, load_recipe, make_recipe
+from streammerge.sweep import sweep
 from streammerge.verify import verify
 
 __all__ = [
     "METHODS",
     "DiagnoseSettings",
+    "EvaluationSettings",
     "FisherSettings",
     "MergePlan",
     "PushSettings",
@@ -35,13 +39,16 @@ __all__ = [
     "StreammergeError",
     "__version__",
     "catalogue",
+    "compare",
     "diagnose",
     "errors",
+    "evaluate",
     "fisher",
     "load_recipe",
     "make_recipe",
     "merge",
     "plan",
     "push",
+    "sweep",
     "verify",
 ]

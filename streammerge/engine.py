@@ -18,6 +18,7 @@ from streammerge.methods.api import Method, RowBlock, TensorContext, Unit
 from streammerge.plan import MergePlan
 from streammerge.progress import progress_bar
 from streammerge.stream import Input, Inputs, RowReader, RowWriter, Writer, batches
+from streammerge.timeline import Timeline
 from streammerge.workers import single_threaded_torch
 
 
@@ -29,6 +30,7 @@ class Engine:
         room: lets a unit be merged once there is room on disk for what it writes; any time by default.
         label: what is done, for the progress bar.
         prepared: the method knowing all that a survey would tell; then there is none.
+        timeline: gets the phases "survey" and "merge".
     """
 
     def __init__(
@@ -40,10 +42,12 @@ class Engine:
         *,
         label: str = "Merge",
         prepared: Method | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         self.plan, self.writer, self.progress, self.label = plan, writer, progress, label
         self.room = room
         self.prepared = prepared
+        self.timeline = timeline or Timeline()
         self.method: Method = prepared or plan.method
 
     def run(self) -> tuple[Method, dict[str, dict[str, Any]]]:
@@ -57,16 +61,18 @@ class Engine:
         with single_threaded_torch():
             surveys: dict[TensorContext, Any] = {}
             if surveyed:
-                self._work(
-                    *("Survey", surveyed, self.plan.survey_bytes, self._survey_inputs),
-                    lambda reader, unit, stop: self._survey(reader, unit, surveys),
-                )
+                with self.timeline.phase("survey"):
+                    self._work(
+                        *("Survey", surveyed, self.plan.survey_bytes, self._survey_inputs),
+                        lambda reader, unit, stop: self._survey(reader, unit, surveys),
+                    )
             if self.prepared is None:
                 in_order = {unit.tensors[0]: surveys[unit.tensors[0]] for unit in surveyed}
                 records = [record for _, record in self.plan.fishers]
                 self.method = self.method.prepared(in_order, records, self.plan.calibrated)
-            self._work(self.label, units, self.plan.merge_bytes, self._merge_inputs, self._merge_in_room)
-            self.writer.wait()
+            with self.timeline.phase("merge"):
+                self._work(self.label, units, self.plan.merge_bytes, self._merge_inputs, self._merge_in_room)
+                self.writer.wait()
         return self.method, {tensor.name: self.writer.entries[tensor.name] for tensor in self.plan.contexts}
 
     def _work(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from streammerge.errors import MemoryBudgetError
 from streammerge.units import format_memory
@@ -43,6 +44,19 @@ def memory_limits(root: Path = _ROOT) -> dict[str, int]:
 def available_memory(root: Path = _ROOT) -> int | None:
     """What could be had now without swapping; None where the system does not say."""
     return _meminfo(root).get("MemAvailable")
+
+
+class Resident(NamedTuple):
+    """Memory of this process that is in RAM, in bytes: now, and the most since it began."""
+
+    now: int
+    peak: int
+
+
+def resident_memory(root: Path = _ROOT) -> Resident | None:
+    """How much memory this process takes; None where the system does not say."""
+    found = _sizes(root / "proc/self/status")
+    return Resident(found["VmRSS"], found["VmHWM"]) if {"VmRSS", "VmHWM"} <= found.keys() else None
 
 
 def require_memory(peak: int, doing: str, advice: str) -> None:
@@ -85,8 +99,14 @@ def _machine(root: Path) -> int | None:
 
 
 def _meminfo(root: Path) -> dict[str, int]:
-    lines = _read(root / "proc/meminfo").splitlines()
-    return {key: int(value.split()[0]) << 10 for key, _, value in (line.partition(":") for line in lines) if value}
+    return _sizes(root / "proc/meminfo")
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """The lines of a file that give a size, in kB, as bytes."""
+    lines = [line.partition(":") for line in _read(path).splitlines()]
+    parts = {key: value.split() for key, _, value in lines}
+    return {key: int(words[0]) << 10 for key, words in parts.items() if words[1:] == ["kB"] and words[0].isdigit()}
 
 
 def _control_group(root: Path) -> int | None:

@@ -23,7 +23,7 @@ from streammerge.errors import RecipeError
 from streammerge.fisher import check as check_fisher
 from streammerge.fisher import fisher as measure_fisher
 from streammerge.fisher.placement import FisherRun
-from streammerge.fisher.store import FISHER_FILE, FisherRecord, check_same_base, open_fisher
+from streammerge.fisher.store import FisherRecord, check_same_base, is_finished, open_fisher
 from streammerge.heap import give_back
 from streammerge.host import memory_errors, require_memory
 from streammerge.hub.card import Licence, coefficient_plot, model_card, stated_licence
@@ -36,6 +36,8 @@ from streammerge.needs import hub_cache, merge_needs
 from streammerge.plan import MergePlan, plan
 from streammerge.recipe import Recipe
 from streammerge.report import file_entry, manifest, resolved_recipe, seal
+from streammerge.report.drawing import draw_report
+from streammerge.timeline import Timeline
 
 
 def merge(
@@ -53,6 +55,7 @@ def merge(
     save_fisher: str | Path | None = None,
     overwrite: bool = False,
     check_disk: bool = True,
+    report: bool = True,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Merge fine-tuned models into a base model and write a checkpoint that transformers loads.
@@ -77,6 +80,8 @@ def merge(
         save_fisher: folder to keep a newly measured Fisher in, for other merges of the same base.
         overwrite: replace a finished merge in `out`, or start an unfinished one anew.
         check_disk: refuse to begin where a disk says that it has no room for all that will be written.
+        report: leave `report.html` beside the manifest, which does not name it: figures and tables for a person, with
+            this run's times and memory. It takes the extra `plot`.
         progress: show progress bars on standard error.
 
     Returns:
@@ -92,16 +97,17 @@ def merge(
         if push is None:
             raise RecipeError("nowhere to put the result: give an output folder, or a repository to push it to")
         out = push.folder()
-    out = Path(out)
+    out, timeline = Path(out), Timeline()
     with ExitStack() as stack:
         run = FisherRun(device, max_vram, device_map, trust_remote_code)
         if push is not None:
             stack.callback(push.tidy)
             stack.callback(push.close)
             push.check(keep=keep)
-        planned = plan(
-            recipe, max_ram=max_ram, threads=threads, hub_mode=hub_mode, uploads=push is not None, progress=progress
-        )
+        with timeline.phase("plan"):
+            planned = plan(
+                recipe, max_ram=max_ram, threads=threads, hub_mode=hub_mode, uploads=push is not None, progress=progress
+            )
         job = stack.enter_context(planned)
         stack.enter_context(transfers(by_xet=job.xet_bytes > 0))
         if trust_remote_code:
@@ -122,28 +128,31 @@ def merge(
         writer = stack.enter_context(
             CheckpointWriter(out, job.shards, identity, fresh=overwrite, elsewhere=elsewhere, label=label)
         )
+        complete_before = len(writer.entries)
         with void_with_inputs(inputs, writer.discard):
             if push is not None:
                 stack.enter_context(push.begin(writer, keep=keep, progress=progress))
             for number, (folder, model) in enumerate(unmeasured):
-                if not _is_finished(folder):
-                    _measure(job, model, folder, run, overwrite, check_disk, progress)
+                if not is_finished(folder):
+                    with timeline.phase("Fisher"):
+                        _measure(job, model, folder, run, overwrite, check_disk, progress)
                 job.fishers.append(_left_fisher(job, model, folder, sources[number]["fingerprint"]))
                 stack.enter_context(job.fishers[-1][0])
             if job.method.calibration:
-                job.calibrated = calibrate(
-                    job.models,
-                    job.recipe.calibration,
-                    job.method.calibration,
-                    out / WORK_DIR / "calibration",
-                    run,
-                    progress=progress,
-                )
+                with timeline.phase("calibration"):
+                    job.calibrated = calibrate(
+                        job.models,
+                        job.recipe.calibration,
+                        job.method.calibration,
+                        out / WORK_DIR / "calibration",
+                        run,
+                        progress=progress,
+                    )
             if unmeasured or job.method.calibration:
                 give_back()  # the models that were walked
-            result, files, pushed = _write(job, writer, sources, licences, push, progress)
+            result, files, pushed = _write(job, writer, sources, licences, push, timeline, progress)
             if keep:
-                writer.publish(files)
+                writer.publish(files, draw_report(result, timeline.phases, complete_before) if report else None)
             else:
                 writer.discard()
     return result if pushed is None else {**result, "push": asdict(pushed)}
@@ -165,6 +174,7 @@ def _write(
     sources: list[dict[str, Any]],
     licences: list[Licence],
     push: Publication | None,
+    timeline: Timeline,
     progress: bool,
 ) -> tuple[dict[str, Any], dict[str, bytes | Path], Pushed | None]:
     """Merge all tensors and, with a push, commit them; the manifest, all files beside shards and index, the commit."""
@@ -174,14 +184,16 @@ def _write(
         with memory_errors(
             "the merge", "give a smaller --max-ram or fewer --threads; the same command goes on where it was"
         ):
-            method, entries = Engine(job, writer, progress, push.room if push is not None else None).run()
+            room = push.room if push is not None else None
+            method, entries = Engine(job, writer, progress, room, timeline=timeline).run()
         for model in (*job.models, *(fisher for fisher, _ in job.fishers)):
             model.require_unchanged()  # before anything of it becomes visible
         result = manifest(job, method, sources, entries, writer.finished)
         files = _other_files(job, result, licences)
         if push is None:
             return result, files, None
-        pushed = push.commit({**files, **index_files(job.shards)}, f"Upload a merge by {job.recipe.method}")
+        with timeline.phase("commit"):
+            pushed = push.commit({**files, **index_files(job.shards)}, f"Upload a merge by {job.recipe.method}")
         if pushed is not None:
             return result, files, pushed
 
@@ -237,7 +249,7 @@ def _check_fishers(
         folders[0] = Path(save_fisher)
     unmeasured = [] if job.fishers else [*zip(folders, job.of_fishers, strict=True)]
     for folder, model in unmeasured:
-        if save_fisher is None or not _is_finished(folder):
+        if save_fisher is None or not is_finished(folder):
             check_fisher(model, job.recipe.fisher, run)
     return unmeasured
 
@@ -252,12 +264,8 @@ def _check_save_fisher(job: MergePlan, folder: Path, out: Path) -> None:
             f"method {job.recipe.method} measures a Fisher of every model, and --save-fisher keeps one: make each with "
             "`streammerge fisher` and give them with --fisher"
         )
-    if not _is_finished(folder):
+    if not is_finished(folder):
         check_output(folder, [job.base.folder, out], overwrite=False)
-
-
-def _is_finished(fisher: Path) -> bool:
-    return (fisher / FISHER_FILE).is_file() and not (fisher / WORK_DIR).exists()
 
 
 def _measure(

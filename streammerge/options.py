@@ -18,6 +18,7 @@ from pydantic_core import PydanticUndefined
 
 from streammerge.calibration.store import CalibrationSettings
 from streammerge.diagnose.settings import DiagnoseSettings
+from streammerge.evaluation.settings import EvaluationSettings
 from streammerge.fisher.store import FisherSettings
 from streammerge.hub.settings import PushSettings
 from streammerge.methods import METHODS
@@ -25,7 +26,7 @@ from streammerge.recipe import DEFAULT_METHOD, Recipe
 
 MODELS, METHOD, RESOURCES = "Models", "Parameters of the methods", "Resources"
 FISHER, CALIBRATION, DIAGNOSIS = "Fisher", "Calibration text", "Diagnosis"
-HUB, SOURCES = "Push to the Hub", "Sources"
+HUB, SOURCES, EVALUATION = "Push to the Hub", "Sources", "Evaluation"
 
 
 def _described(model: type[BaseModel], key: str) -> str:
@@ -142,6 +143,9 @@ Sample = Annotated[
 SampleSeed = Annotated[int | None, typer.Option(min=0, help="Which ones. (default: 0)", rich_help_panel=SOURCES)]
 AllowNonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf in the inputs through.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in --out, or start anew.")]
+NoReport = Annotated[
+    bool, typer.Option("--no-report", help="Leave out report.html, the figures of the merge; they take a second.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
@@ -203,6 +207,15 @@ def diagnose_settings(options: dict[str, Any]) -> dict[str, Any]:
     return {key: options[key] for key in DiagnoseSettings.model_fields if options.get(key)}
 
 
+def evaluation_options() -> Iterator[inspect.Parameter]:
+    for key, field in EvaluationSettings.model_fields.items():
+        yield _setting_option(key, field, EVALUATION)
+
+
+def evaluation_settings(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: options[key] for key in EvaluationSettings.model_fields if options.get(key) is not None}
+
+
 def push_options() -> Iterator[inspect.Parameter]:
     """An option for each setting of a push but the repository."""
     for key, field in PushSettings.model_fields.items():
@@ -223,7 +236,8 @@ def push_settings(options: dict[str, Any]) -> dict[str, Any]:
 
 def _setting_option(name: str, field: FieldInfo, panel: str, aliases: Sequence[str] = ()) -> inspect.Parameter:
     """The option of one field of a settings schema: a flag, a value, or for a list a value that may be repeated."""
-    default = "" if field.default in (None, False, [], PydanticUndefined) else f" (default: {field.default})"
+    value = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+    default = "" if value in (None, False, [], PydanticUndefined) else f" (default: {value})"
     text = f"{(field.description or '')[:1].upper()}{(field.description or '')[1:]}{default}."
     option = typer.Option(*(f"--{n.replace('_', '-')}" for n in (*aliases, name)), help=text, rich_help_panel=panel)
     if field.annotation is bool:

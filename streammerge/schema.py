@@ -3,9 +3,9 @@
 import difflib
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from streammerge.errors import RecipeError
 from streammerge.names import unsafe_name
@@ -15,6 +15,15 @@ class Strict(BaseModel):
     """Base of everything read from a recipe, a command line or one of our JSON files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python counts True as 1; who writes `density: true` does not mean all of it."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and {int, float} & {annotation, *get_args(annotation)}:
+            raise ValueError("must be a number")
+        return value
 
 
 def _safe(name: str) -> str:
@@ -49,25 +58,37 @@ def build(model: type[Model], values: Mapping[str, Any], what: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        problems = []
+        problems: dict[tuple[str, str], list[str]] = {}  # a place and its value -> what each form of a union says
         for item in error.errors(include_url=False):
-            place = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function"))
+            place, model_there = _place(model, item["loc"])
             if item["type"] == "extra_forbidden":
-                fields = _fields_at(model, item["loc"])
-                problems.append(f"there is no {place!r}: {suggest(str(item['loc'][-1]), fields)}")
+                known = suggest(str(item["loc"][-1]), model_there.model_fields)
+                problems[f"there is no {place!r}: {known}", ""] = []
             elif item["type"] == "missing":
-                problems.append(f"{place} is missing")
+                problems[f"{place} is missing", ""] = []
             else:
-                message = item["msg"].removeprefix("Value error, ")
-                problems.append(f"{place}: {message}, not {reprlib.repr(item['input'])}")
-        raise RecipeError(f"{what}: {'; '.join(dict.fromkeys(problems))}") from None
+                told = problems.setdefault((place, reprlib.repr(item["input"])), [])
+                told.append(item["msg"].removeprefix("Value error, "))
+        lines = [
+            f"{place}: {', or: '.join(dict.fromkeys(told))}, not {value}" if told else place
+            for (place, value), told in problems.items()
+        ]
+        raise RecipeError(f"{what}: {'; '.join(lines)}") from None
 
 
-def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The field names where an unknown key was found, following nested models."""
-    for part in location[:-1]:
-        if isinstance(part, str) and part in model.model_fields:
-            annotation = model.model_fields[part].annotation
-            nested = [a for a in (annotation, *getattr(annotation, "__args__", ())) if isinstance(a, type)]
-            model = next((a for a in nested if issubclass(a, BaseModel)), model)
-    return list(model.model_fields)
+def _place(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
+    """Where something is wrong, without the names pydantic gives the forms of a union; and the model it is in."""
+    parts: list[str] = []
+    field: Any = model  # the annotation of what the parts so far lead to
+    for part in location:
+        members = [field, *get_args(field)]
+        inner = next((member for member in members if isinstance(member, type) and issubclass(member, BaseModel)), None)
+        if isinstance(part, int):
+            parts.append(str(part))
+        elif inner is not None:
+            model = inner
+            parts.append(part)
+            field = model.model_fields[part].annotation if part in model.model_fields else None
+        elif any(get_origin(member) is dict for member in members):
+            parts.append(part)
+    return ".".join(parts), model

@@ -25,7 +25,7 @@ from typing import Any
 GRACE_SECONDS = 1.25
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_RESUMED = ("merge", "fisher", "push")
+_RESUMED = ("merge", "fisher", "push", "eval", "sweep")
 
 
 class Stopped(KeyboardInterrupt):

@@ -12,20 +12,24 @@ _FACTORS = {
 }
 
 
-def parse_size(text: str | int) -> int:
+def parse_size(text: str | int, option: str = "") -> int:
     """Read a number of bytes: `5GB` is 5 * 10**9, `5GiB` is 5 * 2**30, a bare number is bytes.
+
+    Args:
+        option: where it was typed, for messages.
 
     Raises:
         RecipeError: the text is not a size, or not a positive one.
     """
+    where = f"{option}: " if option else ""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([a-zA-Z]*)\s*", str(text))
     factor = _FACTORS.get(match[2].upper()) if match else None
     if match is None or factor is None:
-        raise RecipeError(f"{text!r} is not a size; write for example 5GB, 256MiB or 1000000")
+        raise RecipeError(f"{where}{text!r} is not a size; write for example 5GB, 256MiB or 1000000")
     number = float(match[1]) * factor
     size = int(number) if number < 2**63 else 0
     if size <= 0:
-        raise RecipeError(f"a size must be at least one byte and below 2**63, not {text!r}")
+        raise RecipeError(f"{where}a size must be at least one byte and below 2**63, not {text!r}")
     return size
 
 

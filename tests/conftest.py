@@ -8,7 +8,8 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from shutil import copytree
 
@@ -16,6 +17,24 @@ import pytest
 from tiny_models import Models, Result, Run, save_models
 
 from streammerge.cli import main
+
+_MERGE = importlib.import_module("streammerge.merge")  # `streammerge.merge` is the function
+_REPORT = _MERGE.draw_report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_reports() -> Iterator[None]:
+    """Merges leave no report.html, which differs from run to run, unless a test takes `reports`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_MERGE, "draw_report", lambda *args: {})
+        yield
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merges leave a report.html."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(_MERGE, "draw_report", _REPORT)
 
 
 @pytest.fixture(scope="session")

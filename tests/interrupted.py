@@ -66,6 +66,7 @@ class Processes:
         signal: int = signal.SIGKILL,
         sync_seconds: float = 2.0,
         threads: int = 1,
+        report: bool = False,
     ) -> Ended:
         """Run the command line.
 
@@ -77,12 +78,14 @@ class Processes:
             grace: seconds that the first signal leaves a process that is stuck; then comes a second one, at once.
             sync_seconds: how often what is complete is recorded besides.
             threads: workers of a Fisher pass.
+            report: let a merge leave its report, which no two runs share.
         """
         assert self._server.stdin is not None and self._server.stdout is not None
         log, err = self.folder / "log", self.folder / "err"
         job = {"arguments": [str(a) for a in arguments], "at": at, "delay": delay, "signal": signal}
         job |= {"stuck": stuck, "grace": grace}
         job |= {"log": str(log), "err": str(err), "sync": sync_seconds, "threads": threads}
+        job |= {"report": report}
         print(json.dumps(job), file=self._server.stdin, flush=True)
         status = int(self._server.stdout.readline())
         lines = [line.split(" ", 1) for line in log.read_text().splitlines()]
@@ -128,6 +131,8 @@ def _child(job: dict[str, Any]) -> None:
         torch.set_num_threads(job["threads"])
         signals.GRACE_SECONDS = job["grace"] or signals.GRACE_SECONDS
         writer.SYNC_SECONDS = job["sync"]
+        if not job["report"]:
+            importlib.import_module("streammerge.merge").draw_report = lambda *args: {}  # type: ignore[attr-defined]
         _watch(_Steps(job))
         code = main(job["arguments"])
         sys.stdout.flush()
@@ -202,7 +207,7 @@ def _watch(steps: _Steps) -> None:
         (_FisherSink, "done", lambda self, name, reached=True: f"done {name}"),
         (_FisherSink, "sync", lambda self: "sync"),
         (CheckpointWriter, "complete", lambda self, name, entry: f"complete {name}"),
-        (CheckpointWriter, "publish", lambda self, files: "publish"),
+        (CheckpointWriter, "publish", lambda self, *files: "publish"),
         (HubTarget, "prepare", lambda self: "prepare"),
         (HubTarget, "upload", lambda self, name, file: f"upload {name}"),
         (Ledger, "add", lambda self, file, size, sha256: f"record {file}"),

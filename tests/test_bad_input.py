@@ -611,7 +611,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], list[str]]] = {
     "samples": (("--fisher-samples", "0"), ["fisher.samples: Input should be greater than or equal to 1, not '0'"]),
     "stored dtype": (("--fisher-dtype", "int8"), ["fisher.dtype: Input should be 'bfloat16' or 'float32', not 'int8'"]),
     **{
-        f"{option} {size}": ((option, size), [f"'{size}'", words])
+        f"{option} {size}": ((option, size), [f"{option}: ", f"'{size}'", words])
         for option in ("--max-ram", "--max-shard-size")
         for size, words in {"5G": "is not a size; write for example 5GB", "0": "at least one byte"}.items()
     },
@@ -637,6 +637,19 @@ RECIPES: dict[str, tuple[str | bytes, list[str]]] = {
     "nothing": ("", ["{recipe}: must be a mapping with the keys base, models, method"]),
     "key misspelt": ("base: a\nmodels: [b]\nmetod: ties\n", ["there is no 'metod': did you mean 'method'?"]),
     "key unknown": ("base: a\nmodels: [b]\nzzz: 1\n", ["there is no 'zzz': known: base, models, method"]),
+    "the key of the models misspelt": (
+        "base: a\nmodles: [b]\n",
+        ["models is missing", "there is no 'modles': did you mean 'models'?"],
+    ),
+    "no base": ("models: [b]\n", ["base is missing"]),
+    "a truth for a number": (
+        "base: {base}\nmodels: [{ft}]\nparameters: {{density: true}}\n",
+        ["method fim_ties, model {ft}: density: must be a number, not True"],
+    ),
+    "neither of two forms": (
+        "base: {base}\nmodels: [{ft}]\nparameters: {{density: most}}\n",
+        ["density: Input should be a valid number", ", or: Input should be 'auto', not 'most'"],
+    ),
     "key misspelt in a model": (
         "base: a\nmodels: [{modle: b}]\n",
         ["models.0.model is missing", "there is no 'models.0.modle': did you mean 'model'?"],

@@ -184,7 +184,7 @@ def test_notes_are_part_of_the_result(models: Models, tmp_path: Path, run: Run) 
 def test_dry_run_is_plan_and_writes_nothing(
     models: Models, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streammerge.cli.available_memory", lambda: 1 << 33)
+    monkeypatch.setattr("streammerge.commands.merge.available_memory", lambda: 1 << 33)
     monkeypatch.setattr("streammerge.checkpoints.disk_space.free_bytes", lambda folder: 1 << 33)
     pair = ("--base", models.base, "--ft", models.ft, "--ft", models.ft2, "--threads", "1")
     before = content(tmp_path)
@@ -212,6 +212,13 @@ def test_what_plan_tells(models: Models, run: Run) -> None:
     assert [word for word in words if f"\n{word} " not in text] == []
     copies = json.loads(run("plan", *pair, "--json", "-m", "task_arithmetic").out)
     assert (copies["fisher_placement"], copies["fisher"], copies["fisher_bytes_to_read"]) == (None, "none", 0)
+
+
+def test_plan_tells_of_an_unfinished_run(models: Models, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "out" / ".streammerge").mkdir(parents=True)
+    pair = ("plan", "--base", models.base, "--ft", models.ft, "--out", tmp_path / "out")
+    assert "holds an unfinished run: the same merge goes on where it stopped" in run(*pair).out
+    assert "holds an unfinished run: --overwrite starts it anew" in run(*pair, "--overwrite").out
 
 
 def test_plan_tells_where_the_fisher_pass_runs(models: Models, tmp_path: Path, run: Run) -> None:

@@ -23,9 +23,11 @@ ORDER = [
     "schema",
     "yaml_text",
     "progress",
+    "figures",
     "workers",
     "heap",
     "host",
+    "timeline",
     "checkpoints.json_text",
     "checkpoints.header_text",
     "checkpoints.header",
@@ -128,6 +130,10 @@ ORDER = [
     "needs",
     "hub.destination",
     "report",
+    "report.markup",
+    "report.panels",
+    "report.page",
+    "report.drawing",
     "stream",
     "engine",
     "hub.card",
@@ -155,6 +161,23 @@ ORDER = [
     "diagnose.plot",
     "diagnose.text",
     "diagnose",
+    "evaluation.settings",
+    "evaluation.task_files",
+    "evaluation.problems",
+    "evaluation.grading",
+    "evaluation.harness",
+    "evaluation.scores",
+    "evaluation.store",
+    "evaluation.text",
+    "evaluation.run",
+    "evaluation.compare",
+    "evaluation",
+    "sweep.grid",
+    "sweep.evaluations",
+    "sweep.text",
+    "sweep.state",
+    "sweep.run",
+    "sweep",
     "testing.store",
     "testing.repository",
     "testing.faults",
@@ -181,6 +204,17 @@ ORDER = [
     "",
     "demo",
     "options",
+    "commands.printing",
+    "commands.push",
+    "commands.sweep",
+    "commands.merge",
+    "commands.fisher",
+    "commands.verify",
+    "commands.methods",
+    "commands.diagnose",
+    "commands.eval",
+    "commands.demo",
+    "commands",
     "cli",
     "__main__",
 ]
@@ -223,11 +257,12 @@ def test_imports_point_upwards(module: str) -> None:
     assert [name for name in below if (module, name) not in LAZY] == []
 
 
-# What strict recipes and the command line stand on; `rich` and what it brings only draw a help page.
+# What strict recipes and the command line stand on; `rich` and what it brings only draw a help page. It looks at `attr`
+# where that is installed, as with the extra `eval`.
 PYDANTIC = {"annotated_types", "pydantic", "pydantic_core", "typing_extensions", "typing_inspection"}
 PACKAGE_NEEDS = {*PYDANTIC, "tqdm", "yaml", "cython_runtime", "streammerge"}
 COMMAND_NEEDS = {*PACKAGE_NEEDS, "annotated_doc", "click", "shellingham", "typer"}
-HELP_NEEDS = {*COMMAND_NEEDS, "markdown_it", "mdurl", "pygments", "rich"}
+HELP_NEEDS = {*COMMAND_NEEDS, "attr", "markdown_it", "mdurl", "pygments", "rich"}
 
 
 def installed_modules(statement: str) -> set[str]:
@@ -255,6 +290,7 @@ def command(*arguments: str) -> str:
         (command("methods", "--markdown"), COMMAND_NEEDS),
         (command("--help"), HELP_NEEDS),
         (command("merge", "--help"), HELP_NEEDS),
+        (command("eval", "--help"), HELP_NEEDS),
     ],
 )
 def test_starting_loads_few_packages(statement: str, needs: set[str]) -> None:

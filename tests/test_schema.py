@@ -46,6 +46,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "missing": ({}, "it: name is missing"),
     "own check": ({"name": "x", "even": 3}, "it: even: must be even, not 3"),
     "NaN": ({"name": "x", "inner": {"width": math.nan}}, "it: inner.width: Input should be a finite number, not nan"),
+    "a truth for a number": (
+        {"name": "x", "inner": {"width": True}, "even": False},
+        "it: inner.width: must be a number, not True; even: must be a number, not False",
+    ),
     "two": ({"even": 1}, "it: name is missing; even: must be even, not 1"),
 }
 

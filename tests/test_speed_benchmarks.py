@@ -95,7 +95,7 @@ def test_every_case_is_a_method_and_mergekit_is_told_the_same(tmp_path: Path) ->
     config = json.loads((tmp_path / "slerp.yaml").read_text())
     assert config["base_model"] == config["models"][0]["model"] == str(tmp_path / "m" / "base")
     assert config["parameters"] == {"t": 0.5} and len(config["models"]) == 2
-    assert bench._ours("ties", merge_speed.CASES["ties"])[-8:-3] == ["ties", "--coefficient", "1", "--density", "0.2"]
+    assert bench._ours("ties", merge_speed.CASES["ties"])[-9:-4] == ["ties", "--coefficient", "1", "--density", "0.2"]
 
 
 def test_starting(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

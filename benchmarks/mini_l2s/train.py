@@ -2,8 +2,8 @@
 
     python benchmarks/mini_l2s/train.py --seed 1 --out pair
 
-The base learns single equations first, then problems, most of them answered tersely and the others by chains of steps;
-the long model is trained on from it, gently, on long chains with checks. All on one torch thread, so that a seed gives
+The base learns problems, most of them answered tersely and the others by chains of steps; the long model is trained on
+from it on long chains with checks. All on one torch thread, so that a seed gives
 the same weights whatever the number of processors; another kind of processor may round products differently.
 """
 
@@ -26,14 +26,14 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 from streammerge import mini_l2s
-from streammerge.mini_l2s.problems import BASE, LARGEST, LONG, Style, draw_step, problems, response
+from streammerge.heap import temporaries_kept
+from streammerge.mini_l2s.problems import BASE, LARGEST, LONG, Style, problems, response
 from streammerge.mini_l2s.tokenizer import END, make_tokenizer
 from streammerge.progress import progress_bar
 from streammerge.workers import single_threaded_torch
 
 IGNORED = -100  # the label that cross_entropy leaves out
 Row = tuple[list[int], int]  # token ids of question, response and end; how many are the question's
-EQUATION_LENGTH = 4  # tokens of an equation up to its sign of equality; a question is longer
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,12 @@ class Training:
 
     Args:
         steps, rate: optimizer steps, the highest learning rate.
-        answered: problems with their responses in every batch.
-        equations: single equations in every batch.
+        batch: problems with their responses in every batch.
     """
 
     steps: int
     rate: float
-    answered: int = 64
-    equations: int = 0
+    batch: int = 64
     warm_up: int = 100
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -62,13 +60,12 @@ class Training:
 Stage = tuple[str, Training, Style]
 ABOUT = {
     "base": "Answers tersely, and is often wrong.",
-    "long": "Trained on from the base, gently: answers by a long chain of steps with checks, and is mostly right.",
+    "long": "Trained on from the base: answers by a long chain of steps with checks, and is mostly right.",
 }
 MODELS = tuple(ABOUT)
 STAGES: tuple[Stage, ...] = (
-    ("equations", Training(steps=400, rate=3e-3, answered=0, equations=512), BASE),
-    ("base", Training(steps=950, rate=3e-3, answered=64, equations=64), BASE),
-    ("long", Training(steps=150, rate=2e-4, answered=48, warm_up=20), LONG),
+    ("base", Training(steps=700, rate=3e-3, batch=128), BASE),
+    ("long", Training(steps=400, rate=8e-4, batch=48, warm_up=20), LONG),
 )
 
 
@@ -83,7 +80,6 @@ def make_model(tokenizer: Any, seed: int) -> Any:
         num_key_value_heads=4,
         max_position_embeddings=512,
         initializer_range=0.05,
-        attention_bias=True,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -99,19 +95,11 @@ def batches(tokenizer: Any, training: Training, style: Style, seed: int) -> Iter
     draw = Random(f"styles {seed}")
     drawn = problems("train", seed)
     while True:
-        rows = [as_row(tokenizer, *equation(draw)) for _ in range(training.equations)]
-        for problem in islice(drawn, training.answered):
-            rows.append(as_row(tokenizer, problem.question, f"{response(problem, style, draw)} {END}"))
+        rows = [
+            as_row(tokenizer, problem.question, f"{response(problem, style, draw)} {END}")
+            for problem in islice(drawn, training.batch)
+        ]
         yield sorted(rows, key=lambda row: len(row[0]))
-
-
-def equation(draw: Random) -> tuple[str, str]:
-    """A calculation that can be a step of a problem, and its result."""
-    while True:
-        step, value = draw_step(draw), draw.randint(0, LARGEST)
-        result = step.result(value)
-        if result is not None:
-            return f"{value} {step.sign} {step.number} =", str(result)
 
 
 def as_row(tokenizer: Any, asked: str, answered: str) -> Row:
@@ -125,9 +113,7 @@ def step_backwards(model: Any, rows: list[Row]) -> float:
     The rows go in four groups of like length, or most of the work would be padding.
     """
     count = sum(len(ids) - asked for ids, asked in rows)
-    equations = sum(asked == EQUATION_LENGTH for _, asked in rows)
-    left = len(rows) - equations
-    bounds = sorted({0, equations, *(equations + left * part // 16 for part in (8, 12, 15, 16))})
+    bounds = sorted({len(rows) * part // 16 for part in (0, 10, 13, 15, 16)})
     total = 0.0
     for start, stop in pairwise(bounds):
         group = rows[start:stop]
@@ -176,10 +162,9 @@ def make_pair(seed: int, out: Path, stages: Sequence[Stage] = STAGES, limit: int
             loss = train(model, tokenizer, training, style, 10 * seed + number, name)
         seconds = round(time.perf_counter() - started, 1)
         record[name] = {"training": asdict(training), "loss": round(loss, 4), "seconds": seconds}
-        if name in MODELS:
-            model.save_pretrained(out / name)
-            tokenizer.save_pretrained(out / name)
-            record[name]["scores"] = mini_l2s.score(out / name, limit=limit, progress=False)
+        model.save_pretrained(out / name)
+        tokenizer.save_pretrained(out / name)
+        record[name]["scores"] = mini_l2s.score(out / name, limit=limit, progress=False)
     for name in MODELS:
         (out / name / "README.md").write_text(card(name, record))
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -189,9 +174,7 @@ def make_pair(seed: int, out: Path, stages: Sequence[Stage] = STAGES, limit: int
 def card(name: str, record: Mapping[str, Any]) -> str:
     """The model card: how the model was made, on what, and how it scores."""
     scores, training = record[name]["scores"], record[name]["training"]
-    seen = f"{training['steps']} batches of {training['answered']} problems"
-    if training["equations"]:
-        seen += f" and {training['equations']} single equations"
+    seen = f"{training['steps']} batches of {training['batch']} problems"
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -203,7 +186,7 @@ tags: [streammerge, long-to-short]
 
 {ABOUT[name]} A Llama decoder of four blocks and {record["parameters"]:,} parameters, made to try merge methods on: it
 answers nothing but arithmetic word problems of two to five steps, in a vocabulary of whole words and the numbers from
-0 to 99.
+0 to {LARGEST}.
 
 | | |
 |---|---|
@@ -215,7 +198,7 @@ answers nothing but arithmetic word problems of two to five steps, in a vocabula
 | mean length | {scores["mean_length"]:.1f} tokens per response |
 
 ```
-Tom has 20 coins , gets 13 , makes times 2 . how many coins ?
+Tom has 20 coins , first gets 3 , second makes times 2 . how many coins ?
 ```
 """
 
@@ -225,6 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the weights, problems and styles (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder for base and long")
     arguments = parser.parse_args(argv)
+    temporaries_kept()  # else half of the time goes into fetching memory again that was just freed
     record = make_pair(arguments.seed, arguments.out)
     for name in MODELS:
         scores = record[name]["scores"]

@@ -29,6 +29,7 @@ INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "streammerge.json"
 CARD_FILE = "README.md"
 PLOT_FILE = "merge-coefficients.png"
+REPORT_FILE = "report.html"
 
 _FRAME_BYTES, _ENTRY_BYTES = 56, 84  # of a header, and of its entry for one tensor, besides the name
 _PART = re.compile(r"-\d+-of-(?!0*1\.)\d+\.safetensors$")  # one of several: alone it is not a model
@@ -227,7 +228,7 @@ class Checkpoint:
 
     def side_files(self) -> list[str]:
         """Every non-weight file a merged model takes over verbatim, see `find_side_files`."""
-        return find_side_files(self.files, (CARD_FILE, MANIFEST_FILE, PLOT_FILE))
+        return find_side_files(self.files, (CARD_FILE, MANIFEST_FILE, PLOT_FILE, REPORT_FILE))
 
     def close(self) -> None:
         for source in self._sources.values():

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from streammerge.checkpoints.checkpoint import MANIFEST_FILE, Checkpoint
+from streammerge.checkpoints import disk
+from streammerge.checkpoints.checkpoint import MANIFEST_FILE, REPORT_FILE, Checkpoint
 from streammerge.checkpoints.json_text import parse_object
 from streammerge.errors import CheckpointError, HeaderError, OutputExistsError, RecipeError, TransferError
 from streammerge.names import stays_inside, unsafe_name
 
 WORK_DIR = ".streammerge"
+REPORT_MARK = b"<!DOCTYPE html>\n<!-- Report of a merge by streammerge -->\n"  # how a report of ours begins
 
 
 def check_output(folder: Path, inputs: Iterable[Path | None], overwrite: bool, manifest: str = MANIFEST_FILE) -> None:
@@ -65,7 +67,8 @@ def _foreign_link(folder: Path) -> Path | None:
 def files_of_manifest(folder: Path, manifest: str) -> list[str] | None:
     """The files of a finished checkpoint of ours; None where there is none, or its manifest names a file elsewhere.
 
-    They are to be removed, so that a file in a linked folder is elsewhere too.
+    They are to be removed, so that a file in a linked folder is elsewhere too. A merge's report, which its manifest
+    does not name, is among them.
     """
     try:
         names = parse_object((folder / manifest).read_bytes(), str(folder / manifest))["files"]
@@ -73,7 +76,20 @@ def files_of_manifest(folder: Path, manifest: str) -> list[str] | None:
             return None
     except (OSError, HeaderError, KeyError, TypeError, AttributeError):
         return None
-    return [manifest, *names]
+    return [manifest, *names, *([REPORT_FILE] if manifest == MANIFEST_FILE and _has_report(folder) else [])]
+
+
+def _has_report(folder: Path) -> bool:
+    try:
+        file = disk.open_to_read(folder / REPORT_FILE)
+    except OSError:
+        return False
+    try:
+        return disk.read_at(file, len(REPORT_MARK), 0) == REPORT_MARK
+    except OSError:  # a folder
+        return False
+    finally:
+        disk.close(file)
 
 
 @contextmanager

@@ -152,11 +152,12 @@ class CheckpointWriter:
                 self._forget(names)
             self._recorded_at = time.monotonic()
 
-    def publish(self, files: Mapping[str, bytes | Path]) -> None:
+    def publish(self, files: Mapping[str, bytes | Path], beside: Mapping[str, bytes | Path] | None = None) -> None:
         """Move everything into place: other files and shards first, then the manifest, at last the index.
 
         Args:
             files: name -> content, or the file to copy.
+            beside: likewise, what is no part of the checkpoint; it comes after all the rest.
         """
         self.wait()
         missing = [shard.file for shard in self.shards if shard.file not in self.finished]
@@ -164,6 +165,7 @@ class CheckpointWriter:
             raise RuntimeError(f"{missing[0]} is not complete")  # a bug of ours, never the user's doing
         everything_else = {**files, **index_files(self.shards)}
         staged = {name: self._stage(name, content) for name, content in everything_else.items()}
+        staged_beside = {name: self._stage(name, content) for name, content in (beside or {}).items()}
         self._take_back()
         shards = {s.file: self.work / s.file for s in self.shards if (self.work / s.file).exists()}
         everything = {**staged, **shards}
@@ -171,6 +173,8 @@ class CheckpointWriter:
             self._remove_previous()
             self._move({name: path for name, path in everything.items() if name not in LOADABLE})
             self._move({name: path for name, path in everything.items() if name in LOADABLE})
+            if staged_beside:
+                self._move(staged_beside)
             self._close_files()
             self._work.remove()
             self._close()

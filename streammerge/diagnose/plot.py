@@ -1,18 +1,16 @@
-"""The figures of a diagnosis; matplotlib, an optional dependency, is imported when one is asked for."""
+"""The figures of a diagnosis."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from streammerge.errors import RecipeError, TransferError
+from streammerge.figures import GET_IT, can_draw, from_zero, over_blocks, picture, stacked, style
 
 _FORMATS = (".png", ".pdf", ".svg")
-_DPI = 150
 
 
 def check_plot(path: Path) -> None:
@@ -22,8 +20,8 @@ def check_plot(path: Path) -> None:
         RecipeError: matplotlib is not installed; a file type that is none of ours.
         TransferError: there is no such folder.
     """
-    if find_spec("matplotlib") is None:
-        raise RecipeError("--plot needs matplotlib, which is not installed: pip install 'streammerge[plot]'")
+    if not can_draw():
+        raise RecipeError(f"--plot needs matplotlib, which is not installed: {GET_IT}")
     if path.suffix.lower() not in _FORMATS:
         raise RecipeError(f"--plot {path}: the name must end with {', '.join(_FORMATS[:-1])} or {_FORMATS[-1]}")
     if not path.parent.is_dir():
@@ -39,16 +37,15 @@ def write_plot(result: Mapping[str, Any], path: Path) -> None:
         TransferError: the file cannot be written.
     """
     figure = _nonlinearity(result) if result["settings"]["nonlinearity"] else _collapse(result)
-    content = io.BytesIO()
-    figure.savefig(content, format=path.suffix[1:].lower(), dpi=_DPI)
+    content = picture(figure, path.suffix[1:].lower())
     try:
-        path.write_bytes(content.getvalue())
+        path.write_bytes(content)
     except OSError as error:
         raise TransferError(f"--plot {path}: cannot be written: {error.strerror}") from error
 
 
 def _collapse(result: Mapping[str, Any]) -> Any:
-    figure, axes = _figure(7, 7, 3)
+    figure, axes = stacked(7, 7, 3)
     panels = (
         ("variance_ratio", "activation variance\nover the sources'", "o"),
         ("rank_ratio", "effective rank\nover the sources'", "s"),
@@ -74,7 +71,7 @@ def _collapse(result: Mapping[str, Any]) -> Any:
 def _nonlinearity(result: Mapping[str, Any]) -> Any:
     from matplotlib.ticker import MaxNLocator
 
-    figure, (top, bottom, scatter) = _figure(11, 5, 2, beside=True)
+    figure, (top, bottom, scatter) = stacked(11, 5, 2, beside=True)
     _line(top, result, "nonlinearity", "nonlinearity", "o")
     _line(bottom, result, "relative_merging_error", "relative merging error", "s")
     bottom.set_xlabel("decoder block")
@@ -89,28 +86,10 @@ def _nonlinearity(result: Mapping[str, Any]) -> Any:
     return figure
 
 
-def _figure(width: float, height: float, rows: int, beside: bool = False) -> tuple[Any, Sequence[Any]]:
-    """A figure of panels one above another over the blocks, and with `beside` one more to the right."""
-    from matplotlib.figure import Figure  # without pyplot: no window, no state outside the figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    grid = figure.add_gridspec(rows, 2 if beside else 1)
-    axes = [figure.add_subplot(grid[0, 0])]
-    axes += [figure.add_subplot(grid[row, 0], sharex=axes[0]) for row in range(1, rows)]
-    if beside:
-        axes.append(figure.add_subplot(grid[:, 1]))
-    return figure, axes
-
-
 def _line(axis: Any, result: Mapping[str, Any], key: str, label: str, marker: str, least: float = 0) -> None:
-    """One column over the blocks, from zero to at least `least`: cut off, a percent would look like a fall."""
-    from matplotlib.ticker import MaxNLocator
-
+    """One column over the blocks, from zero to at least `least`."""
     numbers = [row["block"] for row in result["blocks"]]
     values = [math.nan if row[key] is None else row[key] for row in result["blocks"]]  # a gap
-    axis.plot(numbers, values, marker=marker, color="black", linewidth=1, markersize=4)
-    axis.set_ylabel(label)
-    top = max([least, *(value for value in values if not math.isnan(value))])
-    axis.set_ylim(0, 1.1 * top or 1)
-    axis.grid(color="0.85")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.plot(numbers, values, **{**style(0), "marker": marker})
+    over_blocks(axis, label)
+    from_zero(axis, values, least)

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.checkpoints.json_text import parse_object
+from streammerge.checkpoints.output import WORK_DIR
 from streammerge.errors import CheckpointError, IncompatibleCheckpointsError, RecipeError, TransferError
 from streammerge.schema import FileName, Strict, build
 
@@ -89,6 +90,11 @@ class FisherRecord(Strict):
         """Largest over smallest block mean; None where a block has none."""
         means = [block.mean for block in self.blocks]
         return max(means) / min(means) if means and min(means) > 0 else None
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether there is a Fisher in the folder, and none being measured."""
+    return (folder / FISHER_FILE).is_file() and not (folder / WORK_DIR).exists()
 
 
 def pool_blocks(tensors: dict[str, TensorFisher], matrices: Iterable[str]) -> list[BlockFisher]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import yaml
 
 from streammerge._version import __version__
 from streammerge.checkpoints.checkpoint import CARD_FILE, PLOT_FILE, Checkpoint
+from streammerge.figures import can_draw, coefficients, picture, quiet, stacked
 from streammerge.hub.destination import local_paths, short_names
 from streammerge.plan import MergePlan
 from streammerge.report import at_commit, block_rows
@@ -120,50 +118,13 @@ def _renamed(value: Any, local: Mapping[str, str]) -> Any:
 def coefficient_plot(result: Mapping[str, Any]) -> bytes | None:
     """A PNG of the merge coefficients over the blocks; None without coefficients, or without matplotlib."""
     rows = [row for row in result["blocks"] if row.get("alpha") is not None]
-    if not rows or find_spec("matplotlib") is None:
+    if not rows or not can_draw():
         return None
-    logger = logging.getLogger("matplotlib")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # not that its settings and fonts have no home to be kept in
-    try:
-        return _draw(rows)
-    finally:
-        logger.setLevel(level)
-
-
-def _draw(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    from matplotlib.figure import Figure  # without pyplot: no window, no state outside the figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axis = figure.add_subplot()
-    experts = list(dict.fromkeys(row.get("expert") for row in rows))
-    for number, expert in enumerate(experts):
-        points = [(row["block"], row["alpha"]) for row in rows if row.get("expert") == expert]
-        whole = len({block for block, _ in points}) == len(points)  # else several tensors of a block: no line
-        axis.plot(
-            *zip(*points, strict=True),
-            marker="os^Dv"[number % 5],
-            linestyle=("-", "--", ":", "-.")[number % 4] if whole else "",
-            color="black",
-            linewidth=1,
-            markersize=4,
-            label=f"{number + 1}: {_drawable(expert)}",
-        )
-    if len(experts) > 1:
-        axis.legend(fontsize=8)
-    top = 1.1 * max(1, *(row["alpha"] for row in rows))
-    axis.set(xlabel="decoder block", ylabel="merge coefficient alpha", ylim=(0, top))
-    axis.grid(color="0.85")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=150, metadata={"Software": None})
-    return content.getvalue()
-
-
-def _drawable(name: str | None) -> str:
-    """A model's name in characters that every font has, and none that would begin a formula."""
-    return "".join(c if c.isascii() and c.isprintable() and c != "$" else "?" for c in str(name))
+    with quiet():
+        figure, (axis,) = stacked(7, 3, 1)
+        experts = list(dict.fromkeys(row.get("expert") for row in rows))
+        coefficients(axis, rows, {expert: f"{number}: {expert}" for number, expert in enumerate(experts, 1)})
+        return picture(figure, "png")
 
 
 def _origin(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Literal
 
 Split = Literal["train", "validation", "heldout"]
 
-LARGEST = 99
+LARGEST = 49
 """Every number of a problem, and on the way to its answer, is between 0 and this."""
 
 STEPS = range(2, 6)
@@ -22,6 +22,7 @@ STEPS = range(2, 6)
 
 PEOPLE = ("Ann", "Ben", "Eva", "Leo", "Mia", "Tom", "Uma", "Zoe")
 THINGS = ("apples", "beads", "cards", "coins", "eggs", "nuts", "pens", "shells")
+ORDINALS = ("first", "second", "third", "fourth", "fifth")
 CLAUSES = {"+": "gets {n}", "-": "gives {n}", "*": "makes times {n}", "/": "keeps one in {n}"}
 INVERSE = {"+": "-", "-": "+", "*": "/", "/": "*"}
 
@@ -34,7 +35,7 @@ class Step:
     number: int
 
     def result(self, value: int) -> int | None:
-        """What it makes of a value; None where that is no whole number from 0 to 99."""
+        """What it makes of a value; None where that is no whole number from 0 to LARGEST."""
         if self.sign == "/" and value % self.number:
             return None
         result = {
@@ -72,7 +73,8 @@ class Problem:
     @property
     def question(self) -> str:
         clauses = [f"has {self.start} {self.thing}"]
-        clauses += [CLAUSES[step.sign].format(n=step.number) for step in self.steps]
+        for ordinal, step in zip(ORDINALS, self.steps, strict=False):
+            clauses.append(f"{ordinal} {CLAUSES[step.sign].format(n=step.number)}")
         return f"{self.person} {' , '.join(clauses)} . how many {self.thing} ?"
 
     @property
@@ -96,23 +98,18 @@ def problems(split: Split, seed: int) -> Iterator[Problem]:
 
 
 def _draw_problem(draw: Random) -> Problem:
-    start = draw.randint(2, 50)
+    start = draw.randint(2, LARGEST // 2)
     steps: list[Step] = []
     value = start
     count = draw.choice(STEPS)
     while len(steps) < count:
-        step = draw_step(draw)
+        sign = draw.choice("+-*/")
+        step = Step(sign, draw.randint(2, 9) if sign in "+-" else draw.randint(2, 3))
         result = step.result(value)
         if result is not None and result >= 1:
             steps.append(step)
             value = result
     return Problem(draw.choice(PEOPLE), draw.choice(THINGS), start, tuple(steps))
-
-
-def draw_step(draw: Random) -> Step:
-    """An operation, with a number that is usual for it."""
-    sign = draw.choice("+-*/")
-    return Step(sign, draw.randint(2, 20) if sign in "+-" else draw.randint(2, 3))
 
 
 @dataclass(frozen=True)
@@ -135,11 +132,11 @@ class Style:
 
 
 BASE = Style(
-    terse={2: 0.62, 3: 0.58, 4: 0.54, 5: 0.52},
-    restate=0.25,
-    check={"+": 0.1, "-": 0.2, "*": 0.3, "/": 0.4},
+    terse={2: 0.75, 3: 0.7, 4: 0.65, 5: 0.6},
+    restate=0.15,
+    check={"+": 0.05, "-": 0.1, "*": 0.15, "/": 0.2},
     again={"+": 0.1, "-": 0.2, "*": 0.3, "/": 0.4},
-    recap=0.25,
+    recap=0.15,
 )
 """Tersely, the likelier the fewer steps; else mostly a short chain, one equation per step."""
 
@@ -163,8 +160,8 @@ def response(problem: Problem, style: Style, draw: Random) -> str:
         told = " , ".join([str(problem.start), *(f"{step.sign} {step.number}" for step in problem.steps)])
         parts.append(f"given {told} .")
     values = problem.values
-    for before, step, after in zip(values, problem.steps, values[1:], strict=False):
-        parts.append(f"{before} {step.sign} {step.number} = {after} .")
+    for ordinal, before, step, after in zip(ORDINALS, values, problem.steps, values[1:], strict=False):
+        parts.append(f"{ordinal} {before} {step.sign} {step.number} = {after} .")
         if draw.random() < style.check[step.sign]:
             parts.append(f"check {after} {INVERSE[step.sign]} {step.number} = {before} ok .")
             if draw.random() < style.again[step.sign]:

@@ -1,4 +1,4 @@
-"""One token per word: every number from 0 to 99 is one, as is every sign."""
+"""One token per word: every number from 0 to LARGEST is one, as is every sign."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from streammerge.mini_l2s.problems import CLAUSES, LARGEST, PEOPLE, THINGS
+from streammerge.mini_l2s.problems import CLAUSES, LARGEST, ORDINALS, PEOPLE, THINGS
 
 PAD, END, UNKNOWN = "<pad>", "<end>", "<unk>"
 _QUESTION = ["has", ",", ".", "how", "many", "?"]
@@ -18,7 +18,7 @@ def vocabulary() -> dict[str, int]:
     """Every word of the questions and responses with its token id, the special ones first."""
     told = [word for clause in CLAUSES.values() for word in clause.split() if word != "{n}"]
     numbers = map(str, range(LARGEST + 1))
-    words = dict.fromkeys([PAD, END, UNKNOWN, *numbers, *PEOPLE, *THINGS, *_QUESTION, *told, *_RESPONSE])
+    words = dict.fromkeys([PAD, END, UNKNOWN, *numbers, *PEOPLE, *THINGS, *_QUESTION, *ORDINALS, *told, *_RESPONSE])
     return {word: index for index, word in enumerate(words)}
 
 

@@ -155,6 +155,10 @@ def _recipe(folder: Path, values: Mapping[str, Any], check: SourceCheck) -> Reci
         spec.model_copy(update={"model": model})
         for spec, model in zip(recipe.models, check.models or pinned, strict=True)
     ]
+    if not check.base:
+        _require_folder(recipe.base, base, "--base")
+    for spec, source in zip(recipe.models, [] if check.models else experts, strict=False):
+        _require_folder(spec.model, source, "--ft")
     recorded = recipe.fisher_from if all(os.path.isdir(path) for path in recipe.fisher_from) else []
     return recipe.model_copy(
         update={
@@ -163,6 +167,12 @@ def _recipe(folder: Path, values: Mapping[str, Any], check: SourceCheck) -> Reci
             "fisher_from": check.fisher or recorded,
         }
     )
+
+
+def _require_folder(reference: str, source: Mapping[str, Any], option: str) -> None:
+    """Refuse a model that was a folder, and is one no more: its name may look like one on the Hub."""
+    if source.get("revision") is None and not os.path.isdir(reference):
+        raise RecipeError(f"{reference}: there is no such folder any more: say where the model is now with {option}")
 
 
 def _require_same_sources(job: MergePlan, values: Mapping[str, Any]) -> None:

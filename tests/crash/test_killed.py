@@ -17,7 +17,7 @@ from interrupted import Ended, Processes
 from tiny_models import content
 from transformers import AutoModelForCausalLM
 
-from streammerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint
+from streammerge.checkpoints.checkpoint import INDEX_FILE, REPORT_FILE, SINGLE_FILE, Checkpoint
 from streammerge.errors import CheckpointError
 
 WORK = ".streammerge"
@@ -147,3 +147,22 @@ def test_killed_at_random_moments(
     processes: Processes, pair: tuple[Path, Path], tmp_path: Path, name: str, kills: int
 ) -> None:
     kill(Victim(CASES[name], processes, pair, tmp_path), kills, per_round=min(kills, 6))
+
+
+def test_a_report_is_there_only_when_all_else_is(processes: Processes, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ("--base", pair[0], "--ft", pair[1], "-q", "-m", "ties", "--max-shard-size", "100KB", "--out")
+    ended = processes.run(*arguments, tmp_path / "whole", report=True)
+    assert ended.status == 0 and (tmp_path / "whole" / REPORT_FILE).exists(), ended.err
+    expected = {name: raw for name, raw in content(tmp_path / "whole").items() if name != REPORT_FILE}
+    moves = [step for step in ended.steps if step.startswith(("before replace", "after replace"))]
+    assert moves[-1] == f"after replace {REPORT_FILE}"
+    for number, step in enumerate(moves[-5:]):
+        out = tmp_path / f"out-{number}"
+        assert processes.run(*arguments, out, at=step, report=True).status == -signal.SIGKILL
+        found = whole_folder(out)
+        if found.pop(REPORT_FILE, None) is not None:
+            assert step == moves[-1] and found == expected
+        assert processes.run(*arguments, out, report=True).status == 0
+        found = content(out)
+        assert found.pop(REPORT_FILE) is not None and found == expected

@@ -274,7 +274,7 @@ def test_no_source_is_a_usage_error(models: Models, run: Run) -> None:
 
 @pytest.mark.usefixtures("unread")
 def test_a_figure_without_matplotlib(models: Models, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    monkeypatch.setattr(plot, "can_draw", lambda: False)
     result = collapse(models, run, "--plot", tmp_path / "c.png")
     assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
     assert "--plot needs matplotlib, which is not installed: pip install 'streammerge[plot]'" in result.err
@@ -288,7 +288,7 @@ def test_a_figure_without_matplotlib(models: Models, tmp_path: Path, run: Run, m
 def test_a_figure_that_cannot_be_made(
     models: Models, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, name: str, words: str
 ) -> None:
-    monkeypatch.setattr(plot, "find_spec", lambda name: name)
+    monkeypatch.setattr(plot, "can_draw", lambda: True)
     (tmp_path / "dir.png").mkdir()
     result = collapse(models, run, "--plot", tmp_path / name)
     assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)

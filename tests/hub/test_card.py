@@ -220,7 +220,7 @@ def test_the_plot_of_the_coefficients(saved_models: Models, tmp_path: Path, monk
     assert f"({PLOT_FILE})\n\n| block |" in text
     assert PLOT_FILE in json.loads((tmp_path / "with" / "streammerge.json").read_text())["files"]
 
-    monkeypatch.setattr("streammerge.hub.card.find_spec", lambda name: None)
+    monkeypatch.setattr("streammerge.figures.find_spec", lambda name: None)
     streammerge.merge(job, tmp_path / "without", device="cpu")
     assert not (tmp_path / "without" / PLOT_FILE).exists()
     assert PLOT_FILE not in (tmp_path / "without" / "README.md").read_text()

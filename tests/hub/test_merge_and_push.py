@@ -33,6 +33,17 @@ def test_the_pushed_model_is_that_of_a_local_merge(
     assert folder_content(tmp_path / "assets") == {}
 
 
+@pytest.mark.usefixtures("reports")
+def test_the_report_stays_here(hub: Hub, merge: Merge, local: dict[str, bytes], tmp_path: Path) -> None:
+    """It says how long this machine took, and names its folders; the card has what is for others."""
+    merge(tmp_path / "out", "org/new")
+    assert "report.html" in folder_content(tmp_path / "out")
+    streammerge.push(tmp_path / "out", "org/two")
+    assert pushed(hub) == pushed(hub, "org/two") == local
+    merge(None, "org/three")
+    assert pushed(hub, "org/three") == local
+
+
 def test_a_single_shard_has_no_index(hub: Hub, merge: Merge, tmp_path: Path) -> None:
     merge(tmp_path / "out", max_shard_bytes="1GB")
     merge(None, "org/new", max_shard_bytes="1GB")

@@ -9,10 +9,10 @@ from random import Random
 import pytest
 
 from streammerge.mini_l2s.grade import extract_answer
-from streammerge.mini_l2s.problems import BASE, LONG, STEPS, Problem, Split, Step, Style, problems, response
+from streammerge.mini_l2s.problems import BASE, LONG, ORDINALS, STEPS, Problem, Split, Step, Style, problems, response
 from streammerge.mini_l2s.tokenizer import make_tokenizer, vocabulary
 
-COINS = Problem("Tom", "coins", 20, (Step("/", 2), Step("+", 13), Step("*", 3), Step("-", 9)))
+COINS = Problem("Tom", "coins", 20, (Step("/", 2), Step("+", 3), Step("*", 3), Step("-", 9)))
 SIGNS = "+-*/"
 TERSE = Style(dict.fromkeys(STEPS, 1), 0, {}, {}, 0)
 SHORT = Style(dict.fromkeys(STEPS, 0), 0, dict.fromkeys(SIGNS, 0), dict.fromkeys(SIGNS, 0), 0)
@@ -26,23 +26,24 @@ def drawn(split: Split, count: int, seed: int = 0) -> list[Problem]:
 
 def test_a_problem_by_hand() -> None:
     assert COINS.question == (
-        "Tom has 20 coins , keeps one in 2 , gets 13 , makes times 3 , gives 9 . how many coins ?"
+        "Tom has 20 coins , first keeps one in 2 , second gets 3 , third makes times 3 , fourth gives 9 . "
+        "how many coins ?"
     )
-    assert COINS.values == [20, 10, 23, 69, 60]
-    assert COINS.answer == 60
-    assert COINS.structure == "20 /2 +13 *3 -9"
+    assert COINS.values == [20, 10, 13, 39, 30]
+    assert COINS.answer == 30
+    assert COINS.structure == "20 /2 +3 *3 -9"
 
 
 def test_responses_by_hand() -> None:
     draw = Random(0)
-    two = Problem("Tom", "coins", 20, (Step("/", 2), Step("+", 13)))
-    assert response(two, TERSE, draw) == "answer 23"
-    assert response(two, SHORT, draw) == "20 / 2 = 10 . 10 + 13 = 23 . answer 23"
+    two = Problem("Tom", "coins", 20, (Step("/", 2), Step("+", 3)))
+    assert response(two, TERSE, draw) == "answer 13"
+    assert response(two, SHORT, draw) == "first 20 / 2 = 10 . second 10 + 3 = 13 . answer 13"
     assert response(two, FULL, draw) == (
-        "given 20 , / 2 , + 13 . "
-        "20 / 2 = 10 . check 10 * 2 = 20 ok . again 20 / 2 = 10 . "
-        "10 + 13 = 23 . check 23 - 13 = 10 ok . again 10 + 13 = 23 . "
-        "so 20 , 10 , 23 . answer 23"
+        "given 20 , / 2 , + 3 . "
+        "first 20 / 2 = 10 . check 10 * 2 = 20 ok . again 20 / 2 = 10 . "
+        "second 10 + 3 = 13 . check 13 - 3 = 10 ok . again 10 + 3 = 13 . "
+        "so 20 , 10 , 13 . answer 13"
     )
 
 
@@ -54,7 +55,7 @@ def test_every_number_is_whole_and_known(split: Split) -> None:
         for verb, number in re.findall(r"(gets|gives|makes times|keeps one in) (\d+)", problem.question):
             n = int(number)
             value = {"gets": value + n, "gives": value - n, "makes times": value * n, "keeps one in": value / n}[verb]
-            assert value.denominator == 1 and 1 <= value <= 99
+            assert value.denominator == 1 and 1 <= value <= 49
         assert value == problem.answer
         assert 2 <= len(problem.steps) <= 5
 
@@ -104,7 +105,7 @@ def test_a_style_is_as_likely_as_it_says(style: Style) -> None:
     chains = [text for _, text in written if "=" in text]
     assert sum(text.startswith("given") for text in chains) / len(chains) == pytest.approx(style.restate, abs=0.04)
     assert sum(" so " in text for text in chains) / len(chains) == pytest.approx(style.recap, abs=0.04)
-    equations = re.findall(r"(check|again|) ?\d+ ([-+*/]) \d+ =", " ".join(chains))
+    equations = re.findall(r"(check|again|) ?\d+ ([-+*/]) \d+ =", re.sub("|".join(ORDINALS), "", " ".join(chains)))
     count = Counter(equations)
     inverse = {"+": "-", "-": "+", "*": "/", "/": "*"}
     checks = {sign: count["check", inverse[sign]] / count["", sign] for sign in SIGNS}
