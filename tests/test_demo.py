@@ -1,62 +1,89 @@
-"""The demo: a pair made on the spot, merged, loaded, asked; again in the same folder; never in a foreign one."""
+"""The demo: the package's pair, merged and scored; again in the same folder; never in a foreign one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from streammerge import verify
+from streammerge import mini_l2s, verify
 from streammerge.cli import main
-from streammerge.demo import MARKER, run
+from streammerge.demo import MARKER, METHODS, run, score_rows, verdict
 from streammerge.errors import OutputExistsError
 
-STEPS = 6
+TWO = ("task_arithmetic", "fim_ties")
+FEW = 3
 
 
-def test_runs_loads_and_runs_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_runs_scores_and_runs_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
     threads, verbosity = torch.get_num_threads(), transformers.utils.logging.get_verbosity()
-    result = run(out, progress=False, steps=STEPS)
+    scores = run(out, methods=TWO, limit=FEW, progress=False)
     assert torch.get_num_threads() == threads and transformers.utils.logging.get_verbosity() == verbosity
     printed = capfd.readouterr()
     assert printed.err == ""
-    assert "Fisher mean" in printed.out and "Q: 7+5? A:" in printed.out and str(out / "merged") in printed.out
-    assert [block["block"] for block in result["blocks"]] == [0, 1, 2, 3]
-    assert verify(out / "merged")["ok"]
+    assert "Fisher mean" in printed.out and "fim_ties beside the long model: " in printed.out
+    assert f"The merges and the Fisher are in {out}" in printed.out
+    assert list(scores) == ["base", "long", *TWO]
+    assert {score["problems"] for score in scores.values()} == {FEW}
+    assert all(verify(out / method)["ok"] for method in TWO)
+    again = mini_l2s.score(out / "fim_ties", limit=FEW, progress=False)
+    assert {**again, "seconds": 0} == {**scores["fim_ties"], "seconds": 0}
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(out / "merged", local_files_only=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "merged", local_files_only=True)
-    text = "Q: 7+5, aloud? A: 7+5 is 12. So 12.\n"
-    prompt = tokenizer(text, return_tensors="pt")
-    assert prompt.input_ids.shape == (1, len(text)) and tokenizer.decode(prompt.input_ids[0]) == text
-    assert model.generate(**prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape == (1, len(text) + 3)
+    base, _ = mini_l2s.pair()
     for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):
-        assert (out / "merged" / file).read_bytes() == (out / "base" / file).read_bytes()
+        assert (out / "fim_ties" / file).read_bytes() == (base / file).read_bytes()
 
     (out / "notes.txt").write_text("mine")
-    assert run(out, progress=False, steps=STEPS) == result
-    assert sorted(path.name for path in out.iterdir()) == [MARKER, "base", "ft", "merged", "notes.txt"]
+    assert list(run(out, methods=TWO, limit=FEW, progress=False)) == list(scores)
+    assert sorted(path.name for path in out.iterdir()) == [MARKER, "fim_ties", "fisher", "notes.txt", "task_arithmetic"]
 
 
 def test_foreign_files_stay(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "model.safetensors").write_text("mine")
+    (tmp_path / "linear").mkdir()
+    (tmp_path / "linear" / "model.safetensors").write_text("mine")
     with pytest.raises(OutputExistsError, match="holds no earlier demo"):
-        run(tmp_path, steps=STEPS)
+        run(tmp_path)
     assert main(["demo", "--out", str(tmp_path), "--quiet"]) == 1
     assert capfd.readouterr().err.count("\n") == 1
-    assert list(tmp_path.rglob("*")) == [tmp_path / "base", tmp_path / "base" / "model.safetensors"]
+    assert list(tmp_path.rglob("*")) == [tmp_path / "linear", tmp_path / "linear" / "model.safetensors"]
 
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(OutputExistsError, match="is a file"):
-        run(file, steps=STEPS)
+        run(file)
 
     ours = tmp_path / "ours"
-    (ours / "merged").mkdir(parents=True)
+    (ours / METHODS[-1]).mkdir(parents=True)
     (ours / MARKER).touch()
-    (ours / "merged" / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputExistsError, match="thesis"):  # at once, not after the training
-        run(ours, steps=STEPS)
-    assert not (ours / "base").exists()
+    (ours / METHODS[-1] / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match="thesis"):  # at once, not after everything else
+        run(ours)
+    assert not (ours / "fisher").exists()
+
+
+def scored(**models: tuple[float, float]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"accuracy": accuracy, "mean_length": length, "problems": 100, "seconds": 1.0}
+        for name, (accuracy, length) in models.items()
+    }
+
+
+def test_the_verdict_says_who_wins() -> None:
+    wins = scored(base=(0.2, 5), long=(0.9, 100), linear=(0.5, 60), fim_ties=(0.88, 60))
+    first, second, third = verdict(wins)
+    assert first == "fim_ties beside the long model: accuracy -2.0 points, length -40%."
+    assert second == "No other merge is at least as accurate and no longer."
+    assert third == "With 100 problems, an accuracy is uncertain by up to 5.0 points."
+
+    merges = {"linear": (0.88, 59.0), "ties": (0.88, 60.0), "karcher": (0.9, 60.5), "fim_ties": (0.88, 60.0)}
+    loses = scored(base=(1.0, 1), long=(0.9, 100), **merges)
+    assert verdict(loses)[1] == "It does not win here; at least as accurate and no longer: linear."
+
+
+def test_the_table() -> None:
+    header, rows = score_rows(scored(base=(0.25, 5), long=(0.9, 100), fim_ties=(0.888, 60.04)))
+    assert header == ["model", "accuracy", "mean length", "of long", "seconds"]
+    assert rows[0] == ["base", "25.0%", "5.0", "5%", "1.0"]
+    assert rows[2] == ["fim_ties", "88.8%", "60.0", "60%", "1.0"]

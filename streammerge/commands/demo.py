@@ -11,10 +11,10 @@ from streammerge.options import Quiet
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pair and the merge.")] = Path("demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merges.")] = Path("demo"),
     quiet: Quiet = False,
 ) -> None:
-    """Make a small pair of models on the spot, merge it with FIM-TIES and generate text from the result."""
+    """Merge a small long-to-short pair by six methods, and show what each keeps of accuracy and length."""
     from streammerge.demo import run
 
     run(out, progress=not quiet)
