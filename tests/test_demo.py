@@ -79,6 +79,11 @@ def test_the_verdict_says_who_wins() -> None:
 
     merges = {"linear": (0.88, 59.0), "ties": (0.88, 60.0), "karcher": (0.9, 60.5), "fim_ties": (0.88, 60.0)}
     loses = scored(base=(1.0, 1), long=(0.9, 100), **merges)
+    far = verdict(scored(base=(0.5, 2), long=(1.0, 100), ties=(0.93, 40), fim_ties=(0.6, 6)))
+    assert far[1] == (
+        "It does not keep the accuracy here. ties keeps most: beside the long model: accuracy -7.0 points, length -60%."
+    )
+    assert far[2] == "No other merge is at least as accurate and no longer."
     assert verdict(loses)[1] == "It does not win here; at least as accurate and no longer: linear."
 
 
