@@ -179,7 +179,7 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
         "test_text.py::test_every_error_of_ours_has_a_message_that_can_be_shown",
     ),
     "names on standard output": (
-        "cli.py",
+        "commands/merge.py",
         "plan_text(all_visible(summary))",
         "plan_text(summary)",
         "test_hostile.py::test_names_do_not_drive_the_terminal",
