@@ -68,7 +68,7 @@ def test_hub_ids_give_the_bytes_of_a_local_merge(
 ) -> None:
     pair = ("--base", saved_models.base, "--ft", saved_models.ft, "-m", "task_arithmetic", "-q")
     assert run(*pair, "--out", tmp_path / "local").code == 0
-    result = merge("--hub-base", "org/base", "--hub-ft", "org/ft", "--out", "out", "-q")
+    result = merge("--hub-base", "org/base", "--hub-ft", "org/ft", "--out", "out", "-q", "--no-report")
     assert (result.code, result.err) == (0, ""), result.err
     local, out = content(tmp_path / "local"), content(tmp_path / "out")
     assert local.keys() == out.keys()

@@ -24,7 +24,6 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from streammerge.errors import CheckpointError, StreammergeError
 from streammerge.evaluation.grading import FINDERS, find_answer, grade
@@ -32,7 +31,7 @@ from streammerge.evaluation.task_files import FOLDER, TaskFile
 from streammerge.fisher.measure import find_device
 from streammerge.host import memory_errors
 from streammerge.hub.xet import limit_xet_memory
-from streammerge.progress import progress_bar, tell
+from streammerge.progress import progress_bar, quiet_transformers, tell
 
 TESTED = "0.4.13"
 LIBRARIES = ("lm_eval", "transformers", "torch")
@@ -318,16 +317,11 @@ def _quiet() -> Iterator[None]:
     """
     harness = logging.getLogger("lm_eval")
     level, bar = harness.level, lm_eval.api.task.tqdm
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     harness.setLevel(logging.ERROR)
     lm_eval.api.task.tqdm = partial(bar, disable=True)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
-        yield
+        with quiet_transformers():
+            yield
     finally:
         harness.setLevel(level)
         lm_eval.api.task.tqdm = bar
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

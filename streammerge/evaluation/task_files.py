@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from streammerge.checkpoints import disk
+
 FOLDER = Path(__file__).parent / "tasks"
 
 
@@ -73,5 +75,5 @@ def read_task(name: str) -> TaskFile:
 
 def _read(file: str) -> Mapping[str, Any]:
     """The values of a file and of what it includes; functions stay names."""
-    values = yaml.safe_load((FOLDER / file).read_text("utf-8").replace("!function ", ""))
+    values = yaml.safe_load(disk.read_file(FOLDER / file).decode().replace("!function ", ""))
     return {**(_read(values["include"]) if "include" in values else {}), **values}

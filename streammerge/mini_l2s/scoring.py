@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import transformers
 
 from streammerge.mini_l2s.grade import is_right
 from streammerge.mini_l2s.problems import Problem, Split, problems
-from streammerge.progress import progress_bar
+from streammerge.progress import progress_bar, quiet_transformers
 from streammerge.workers import single_threaded_torch
 
 PROBLEMS = 250
@@ -86,18 +85,3 @@ def respond(
                 responses[index] = (tokenizer.decode(response), len(response), ended)
             bar.update(len(chosen))
     return [responses[index] for index in range(len(questions))]
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own progress bars and warnings off the terminal, for a while."""
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -14,6 +14,8 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from streammerge.progress import quiet_transformers
+
 END, STOP = "<|endoftext|>", "<|im_end|>"
 SPECIAL = ("<pad>", "<unk>", "<bos>", END, "<|im_start|>", STOP)
 BOXED_7 = {"\n": "\\", "\\": "b", "b": "o", "o": "x", "x": "e", "e": "d", "d": "{", "{": "7", "7": "}", "}": STOP}
@@ -73,6 +75,7 @@ def make_chain_model(folder: Path, follow: Mapping[str, str | list[str]], *, bos
             after = follow.get(token, END)
             for place, word in enumerate(after if isinstance(after, list) else [after]):
                 model.lm_head.weight[tokenizer.convert_tokens_to_ids(word), id] = 10 - place / 10_000
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import transformers
 from evaluation.chain_model import BOXED_7, make_chain_model
 
 WriteRows = Callable[[str, Sequence[Mapping[str, Any]]], Path]
@@ -25,7 +24,6 @@ ROWS = {
 @pytest.fixture(scope="session")
 def sevens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     r"""Answers \boxed{7} to every prompt of the six tasks. No test may change it."""
-    transformers.utils.logging.disable_progress_bar()
     return make_chain_model(tmp_path_factory.mktemp("evaluation") / "sevens", BOXED_7)
 
 

@@ -79,6 +79,8 @@ class Browser:
     def _run(self, path: Path, *options: str) -> str:
         command = [self._executable, "--headless=new", *_SANDBOX, "--disable-gpu", "--hide-scrollbars"]
         command += ["--force-device-scale-factor=1", f"--user-data-dir={self._folder / 'profile'}"]
+        # All stages of drawing, however busy the machine: else a screenshot may catch a page that is half drawn.
+        command += ["--run-all-compositor-stages-before-draw", "--virtual-time-budget=5000"]
         command += ["--no-first-run", "--disable-background-networking", *options, path.as_uri()]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert ended.returncode == 0, ended.stderr
