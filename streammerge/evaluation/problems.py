@@ -1,4 +1,4 @@
-"""The problems of a task, from a folder or from the Hub: read and checked as a whole before a model is loaded."""
+"""The problems of a task, from a folder, the Hub or this package: read and checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from streammerge.checkpoints import disk
 from streammerge.errors import RecipeError, TransferError
 from streammerge.evaluation.task_files import HubFile, TaskFile
 from streammerge.hub.tries import hub_errors, persist
+from streammerge.mini_l2s.problems import scored_problems
 
 _QUESTIONS = ("question", "problem")
 _ANSWERS = ("final_answer", "answer", "solution")
@@ -25,7 +26,7 @@ class Problems:
 
     Attributes:
         rows: a question and its right answer each, in the order of the file.
-        source: where they are from: path or repository, SHA-256, how many; and whether it is the papers' file.
+        source: where they are from: path, repository or generator, SHA-256, how many; whether it is the papers' file.
     """
 
     rows: list[dict[str, str]]
@@ -37,7 +38,8 @@ def load_problems(task: TaskFile, data: Path | None, limit: int | None) -> Probl
 
     Args:
         task: the task.
-        data: a folder with TASK.jsonl or TASK/test.jsonl; None: from the Hub, at the commit the task file names.
+        data: a folder with TASK.jsonl or TASK/test.jsonl; None: from the Hub, at the commit the task file names, or of
+            mini_l2s the package's own held-out problems.
         limit: only the first so many; the others are checked all the same.
 
     Raises:
@@ -53,7 +55,7 @@ def load_problems(task: TaskFile, data: Path | None, limit: int | None) -> Probl
         place = {"repository": task.hub.repository, "revision": task.hub.revision, "file": task.hub.name}
         name = f"data set {task.hub.repository}, file {task.hub.name}"
     else:
-        raise RecipeError(f"task {task.name}: its problems are not on the Hub: give --data, with {task.name}.jsonl")
+        return _own_problems(limit)
     try:
         raw = disk.read_file(path)
     except OSError as error:
@@ -138,6 +140,14 @@ def _rows(raw: bytes, name: str) -> list[dict[str, str]]:
     if not rows:
         raise RecipeError(f"{name}: there is no problem in it")
     return rows
+
+
+def _own_problems(limit: int | None) -> Problems:
+    """Those that `mini_l2s.score` asks, in their order."""
+    rows = [{"question": asked.question, "answer": str(asked.answer)} for asked in scored_problems(limit)]
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    source = {"generator": scored_problems.__module__, "sha256": digest, "rows": len(rows), "papers_file": False}
+    return Problems(rows, source)
 
 
 def _find(task: str, data: Path) -> Path:

@@ -50,7 +50,7 @@ class TaskFile:
         prompt: a Jinja template of a problem.
         until: what ends a response.
         max_new_tokens: most tokens of a response.
-        hub: where its problems are; None where they are not on the Hub.
+        hub: where its problems are; None where the package draws them itself.
     """
 
     name: str

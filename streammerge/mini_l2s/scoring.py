@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,9 @@ import torch
 import transformers
 
 from streammerge.mini_l2s.grade import is_right
-from streammerge.mini_l2s.problems import Problem, Split, problems
+from streammerge.mini_l2s.problems import Problem, Split, scored_problems
 from streammerge.progress import progress_bar, quiet_transformers
 from streammerge.workers import single_threaded_torch
-
-PROBLEMS = 250
-"""How many problems are scored where nothing else is said: a standard error of at most 3.2 points."""
-
-SEED = 0
-"""Of the problems that are scored; every model gets the same."""
 
 MAX_NEW_TOKENS = 256
 """A right response in the longest style takes at most 200."""
@@ -33,7 +26,7 @@ def score_model(
 ) -> dict[str, Any]:
     """See `streammerge.mini_l2s.score`."""
     started = time.perf_counter()
-    asked = list(islice(problems(split, SEED), PROBLEMS if limit is None else limit))
+    asked = scored_problems(limit, split)
     # Matrices this small lose more by waiting for a second thread than they gain from it.
     with quiet_transformers(), single_threaded_torch():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)

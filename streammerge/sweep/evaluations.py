@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from streammerge import mini_l2s
 from streammerge.errors import CheckpointError, RecipeError
 from streammerge.schema import suggest
 
@@ -24,8 +23,7 @@ class Evaluate(Protocol):
 
 
 def _mini_l2s(folder: Path, *, limit: int | None = None, progress: bool = True) -> Mapping[str, Any]:
-    scores: Mapping[str, Any] = _mini().score(folder, limit=limit, progress=progress)
-    return scores
+    return mini_l2s.score(folder, limit=limit, progress=progress)
 
 
 EVALUATIONS: dict[str, Evaluate] = {"mini_l2s": _mini_l2s}
@@ -45,15 +43,8 @@ def find_evaluation(name: str) -> Evaluate:
 
 def mini_pair() -> dict[str, Any]:
     """The recipe of the pair that comes with the package."""
-    base, long = _mini().pair()
+    base, long = mini_l2s.pair()
     return {"base": str(base), "models": [str(long)]}
-
-
-def _mini() -> Any:
-    name = "streammerge.mini_l2s"
-    if find_spec(name) is None:
-        raise RecipeError("mini_l2s: its pair and problems are not in this installation")
-    return import_module(name)  # it imports transformers
 
 
 def scored(evaluate: Evaluate, folder: Path, limit: int | None, progress: bool) -> dict[str, Any]:

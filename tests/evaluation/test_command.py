@@ -16,6 +16,7 @@ from huggingface_hub import close_session, constants
 from tiny_models import Run, content, edit, edit_config
 
 import streammerge
+from streammerge import mini_l2s
 from streammerge.errors import RecipeError
 from streammerge.evaluation import run as run_module
 from streammerge.evaluation.harness import Harness
@@ -83,6 +84,18 @@ def test_small_problems_are_asked_and_answered_plainly(tmp_path: Path, write_row
     scores = json.loads(result.out)["tasks"]["mini_l2s"]
     assert (scores["accuracy"], scores["no_answer"]) == (1 / 3, 1 / 3)
     assert scores["mean_length"] == (len("x 7") + 2 * len("answer 7")) / 3
+
+
+@pytest.mark.parametrize("name", ["base", "long"])
+def test_the_pair_has_the_scores_that_its_own_scoring_gives(name: str, run: Run) -> None:
+    """Two ways of asking, generating, grading and counting: the harness with math-verify, and mini_l2s.score."""
+    model = dict(zip(("base", "long"), mini_l2s.pair(), strict=True))[name]
+    result = run("eval", model, "--tasks", "mini_l2s", "--limit", "20", "--json")
+    assert (result.code, result.err) == (0, "")
+    found, own = json.loads(result.out)["tasks"]["mini_l2s"], mini_l2s.score(model, limit=20, progress=False)
+    keys = ("accuracy", "mean_length", "truncated", "problems")
+    assert {key: found[key] for key in keys} == pytest.approx({key: own[key] for key in keys})
+    assert 0 < found["accuracy"] <= 1
 
 
 def test_what_is_written(sevens: Path, data: Path, tmp_path: Path, run: Run) -> None:

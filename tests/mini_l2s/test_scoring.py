@@ -1,6 +1,5 @@
 """Scores of the pair, against generation one token at a time, without padding or cache."""
 
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import transformers
 from streammerge import mini_l2s
 from streammerge.mini_l2s import scoring
 from streammerge.mini_l2s.grade import extract_answer
-from streammerge.mini_l2s.problems import problems
+from streammerge.mini_l2s.problems import scored_problems
 
 COUNT = 12
 
@@ -39,7 +38,7 @@ def naive_response(tokenizer, model, question: str, most: int) -> tuple[str, int
 def test_scores_are_those_of_the_naive_way(name: str) -> None:
     folder = dict(zip(("base", "long"), mini_l2s.pair(), strict=True))[name]
     tokenizer, model = load(folder)
-    asked = list(islice(problems("heldout", scoring.SEED), COUNT))
+    asked = scored_problems(COUNT)
     truth = [naive_response(tokenizer, model, problem.question, scoring.MAX_NEW_TOKENS) for problem in asked]
     assert scoring.respond(tokenizer, model, [problem.question for problem in asked]) == truth
     result = mini_l2s.score(folder, limit=COUNT, progress=False)
@@ -80,7 +79,7 @@ def test_the_end_token_ends_and_is_not_counted() -> None:
     """A response of known tokens: the model is asked what it will say, then only graded."""
     base, _ = mini_l2s.pair()
     tokenizer, model = load(base)
-    question = next(problems("heldout", 1)).question
+    question = scored_problems(1)[0].question
     [(text, length, ended)] = scoring.respond(tokenizer, model, [question])
     assert ended
     assert length == len(tokenizer(text).input_ids)

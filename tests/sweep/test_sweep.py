@@ -16,6 +16,7 @@ import yaml
 from tiny_models import MATRIX, Models, Run, content, spoil, tensors
 
 import streammerge
+from streammerge import mini_l2s
 from streammerge.errors import OutputExistsError, RecipeError
 from streammerge.sweep import evaluations, state
 
@@ -211,6 +212,7 @@ def test_stopped_before_or_in_removing_a_merge(
 KILLED = """
 import json, os, signal, sys
 import streammerge
+from streammerge import mini_l2s
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.sweep import evaluations
 
@@ -424,21 +426,10 @@ def test_a_score_that_is_no_number(
     assert json.loads((tmp_path / "sweep" / state.SWEEP_FILE).read_text())["done"] == {}
 
 
-def test_the_mini_evaluation_is_the_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Mini:
-        @staticmethod
-        def score(folder: Path, *, limit: int | None, progress: bool) -> dict[str, Any]:
-            return {"folder": folder, "limit": limit, "progress": progress}
-
-        @staticmethod
-        def pair() -> tuple[Path, Path]:
-            return tmp_path / "base", tmp_path / "long"
-
-    monkeypatch.setattr(evaluations, "find_spec", lambda name: name)
-    monkeypatch.setattr(evaluations, "import_module", lambda name: {"streammerge.mini_l2s": Mini}[name])
+def test_the_mini_evaluation_is_the_packages() -> None:
+    """Under the name as users may write it; against the pair's own scores of a few problems."""
+    base, long = mini_l2s.pair()
     score = evaluations.find_evaluation("mini-l2s")
-    assert score(tmp_path, limit=3, progress=False) == {"folder": tmp_path, "limit": 3, "progress": False}
-    assert evaluations.mini_pair() == {"base": str(tmp_path / "base"), "models": [str(tmp_path / "long")]}
-    monkeypatch.setattr(evaluations, "find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match="not in this installation"):
-        evaluations.mini_pair()
+    found, own = score(base, limit=3, progress=False), mini_l2s.score(base, limit=3, progress=False)
+    assert {**found, "seconds": 0} == {**own, "seconds": 0}
+    assert evaluations.mini_pair() == {"base": str(base), "models": [str(long)]}
