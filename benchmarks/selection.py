@@ -35,6 +35,7 @@ from streammerge.budget import DEFAULT_MAX_RAM, IMPORT_BYTES
 from streammerge.methods.api import TILE_ELEMENTS, RowBlock, TensorContext, Unit
 from streammerge.methods.draws import stream_key, uniform
 from streammerge.methods.selection import Selection, kept_count, top_k_passes
+from streammerge.stream import SAMPLED_OF
 
 COLUMNS = 8192
 BLOCK_ROWS = (TILE_ELEMENTS // COLUMNS, 157)  # as in a merge; and one that divides nothing
@@ -74,7 +75,7 @@ class Stream:
     """The row blocks of a matrix of scores, made anew at every pass.
 
     Attributes:
-        passes: how often it was gone through.
+        passes: how often all of it was gone through.
         seconds: spent on making scores.
     """
 
@@ -85,7 +86,13 @@ class Stream:
 
     def blocks(self) -> Iterator[RowBlock]:
         self.passes += 1
-        for row in range(0, self.tensor.rows, self.rows):
+        return self._from_rows(range(0, self.tensor.rows, self.rows))
+
+    def sample(self) -> Iterator[RowBlock]:
+        return self._from_rows(range(0, self.tensor.rows, SAMPLED_OF * self.rows))
+
+    def _from_rows(self, rows: range) -> Iterator[RowBlock]:
+        for row in rows:
             start = time.perf_counter()
             scores = self.make(row * COLUMNS, (min(self.rows, self.tensor.rows - row), COLUMNS))
             self.seconds += time.perf_counter() - start
@@ -110,7 +117,7 @@ def select(stream: Stream) -> Found:
     for step in top_k_passes(lambda block: [block.stored[0]] * 3, [DENSITY, 0.0, 1.0]):
         state = step.start(unit, results)
         if state is not None:
-            for block in stream.blocks():
+            for block in stream.sample() if step.samples else stream.blocks() if step.reads_rows else ():
                 step.update(state, block)
             results[step.name] = step.finish(state)
     return Found(results["selection"], stream.passes, time.perf_counter() - start - stream.seconds)

@@ -207,7 +207,8 @@ def cost_of(name: str) -> Cost:
     recipe = make_recipe({"base": "base", "models": models, "method": name})
     method = resolve_method(recipe, 7_000_000_000).method
     return Cost(
-        reads=1 + sum(step.reads_rows for step in method.passes(Unit(method.unit_of(matrix), (matrix,)))),
+        reads=1
+        + sum(step.reads_rows and not step.spare for step in method.passes(Unit(method.unit_of(matrix), (matrix,)))),
         survey=method.survey(matrix) is not None,
         fisher="" if not method.needs_fisher else "every model" if method.fisher_of_experts else "the base",
         calibration=method.calibration,

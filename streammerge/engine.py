@@ -110,7 +110,7 @@ class Engine:
                         if stop.is_set():
                             return
                         do(reader, unit, stop)
-                        advance(size(unit) - reader.bytes_read)  # a pass that was not needed
+                        advance(max(size(unit) - reader.bytes_read, 0))  # a pass that was not needed
                 except BaseException:
                     stop.set()
                     raise
@@ -150,7 +150,7 @@ class Engine:
             for step in passes:
                 state = step.start(unit, results)
                 if state is not None:
-                    for block in reader.blocks() if step.reads_rows else ():
+                    for block in reader.sample() if step.samples else reader.blocks() if step.reads_rows else ():
                         step.update(state, block)
                     results[step.name] = step.finish(state)
         out = RowWriter(self.writer, self.plan.recipe.allow_nonfinite)

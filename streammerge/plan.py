@@ -106,7 +106,7 @@ class MergePlan:
     def passes(self, unit: Unit) -> int:
         """How often the unit is gone through at most, the writing one included."""
         merged = self.actions[unit.tensors[0].name] == "merge"
-        return 1 + (sum(step.reads_rows for step in self.method.passes(unit)) if merged else 0)
+        return 1 + (sum(step.reads_rows and not step.spare for step in self.method.passes(unit)) if merged else 0)
 
     def inputs(self, tensor: TensorContext) -> list[TensorInfo]:
         """The tensor in the base, the experts that are read for it and, where it is read, the Fisher."""

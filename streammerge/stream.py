@@ -55,6 +55,9 @@ Batch = Sequence[tuple[Unit, Mapping[str, Inputs]]]
 SMALL = 1 << 20  # bytes; units smaller than this, together, are read with the one before them
 PIECE = 1 << 20  # bytes of an input read at a time from a local disk, and of the output written: a share of the cache
 
+FEWEST_SAMPLED, MOST_SAMPLED = 48, 2048  # rows of a unit
+SAMPLED_OF = 16  # of so many rows at most one is sampled
+
 
 def batches(units: Iterable[tuple[Unit, Mapping[str, Inputs]]], buffer_bytes: int) -> Iterator[Batch]:
     """Consecutive units that are read together: one, and small ones around it, as far as they fit the buffer."""
@@ -160,6 +163,45 @@ class RowReader:
         if position is not None:
             self._kept = kept
 
+    def sample(self) -> Iterator[RowBlock]:
+        """Some of the unit's rows, evenly spread, a tile's worth at a time; none of a small unit, or of one far away.
+
+        They are not looked through for NaN, neither counted as read nor compared with what is read again.
+        """
+        unit, at_hand = self._unit, self._loaded or self._kept is not None
+        total = sum(tensor.rows for tensor in unit.tensors)
+        wanted = min(max(unit.numel >> 16, FEWEST_SAMPLED), MOST_SAMPLED, total // SAMPLED_OF)
+        if wanted < FEWEST_SAMPLED or (self._streamed and not at_hand):
+            return
+        every = total // wanted
+        position, offset = self._position or 0, 0
+        for tensor in unit.tensors:
+            chosen = range(every // 2, tensor.rows, every)
+            for first in range(0, len(chosen), tensor.tile_rows):
+                rows = chosen[first : first + tensor.tile_rows]
+                views = self._rows_at_hand(tensor, position, rows) if at_hand else self._rows_fetched(tensor, rows)
+                yield from self._as_run(tensor, views, rows[0], offset).tiles()
+            position += run_bytes(tensor, self._inputs[tensor.name].infos, tensor.rows)
+            offset += tensor.numel
+
+    def _rows_at_hand(self, tensor: TensorContext, position: int, rows: range) -> list[Tensor]:
+        infos = self._inputs[tensor.name].infos
+        starts = _starts(tensor, infos, position, 0, tensor.rows)
+        views = (self._view(tensor, info, start, tensor.rows) for info, start in zip(infos, starts, strict=True))
+        return [view[rows.start : rows.stop : rows.step] for view in views]
+
+    def _rows_fetched(self, tensor: TensorContext, rows: range) -> list[Tensor]:
+        """To the head of the buffer, where nothing lies before the unit's first pass."""
+        inputs = self._inputs[tensor.name]
+        views = []
+        for source, start in zip(inputs.all, _starts(tensor, inputs.infos, None, 0, len(rows)), strict=True):
+            view = self._view(tensor, source.info, start, len(rows))
+            size, data = source.info.nbytes // tensor.rows, as_bytes(view)
+            parts = [(source.info, row * size, data[i * size : (i + 1) * size]) for i, row in enumerate(rows)]
+            source.model.read_many(parts)
+            views.append(view)
+        return views
+
     def _rows_at_once(self, tensor: TensorContext) -> int:
         infos = self._inputs[tensor.name].infos
         room = len(self._buffer) if self._streamed else min(len(self._buffer), PIECE * len(infos))
@@ -185,17 +227,24 @@ class RowReader:
 
     def _run(self, tensor: TensorContext, first: int, rows: int, starts: Sequence[int], offset: int) -> _Run:
         """Rows that lie in the buffer; looked through for NaN and Inf the first time."""
-        inputs = self._inputs[tensor.name]
         views = []
-        for source, start in zip(inputs.all, starts, strict=True):
-            raw = self._buffer[start : start + rows * (source.info.nbytes // tensor.rows)]
-            view = raw.view(torch_dtype(source.info.dtype)).view(rows, tensor.columns)
+        for source, start in zip(self._inputs[tensor.name].all, starts, strict=True):
+            view = self._view(tensor, source.info, start, rows)
             if not self._checked and source.info.floating:
                 for tile in view.split(tensor.tile_rows):
                     require_finite(tile, source.info, source.model.id)
             views.append(view)
+        return self._as_run(tensor, views, first, offset)
+
+    def _view(self, tensor: TensorContext, info: TensorInfo, start: int, rows: int) -> Tensor:
+        """Some rows of an input, which begin at `start` of the buffer."""
+        raw = self._buffer[start : start + rows * (info.nbytes // tensor.rows)]
+        return raw.view(torch_dtype(info.dtype)).view(rows, tensor.columns)
+
+    def _as_run(self, tensor: TensorContext, views: Sequence[Tensor], first: int, offset: int) -> _Run:
+        inputs = self._inputs[tensor.name]
         models = len(views) - len(inputs.fishers)
-        compute = torch.float64 if any(source.info.dtype == "F64" for source in inputs.all) else torch.float32
+        compute = torch.float64 if any(info.dtype == "F64" for info in inputs.infos) else torch.float32
         return _Run(tensor, offset, first, views[:models], views[models:], compute)
 
 

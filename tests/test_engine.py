@@ -259,7 +259,9 @@ def test_a_unit_that_fits_is_read_once_and_a_larger_one_once_per_pass(
         streammerge.merge(job, tmp_path / f"out{once}", threads=1, **options)  # type: ignore[arg-type]
         monkeypatch.setattr(LocalFile, "read_into", plain)
         assert bytes_read <= announced + headers + prints
-        assert bytes_read >= announced * (1 if once else 0.7)  # the pass over ties is mostly not needed
+        assert bytes_read >= announced * (
+            1 if once else 0.5
+        )  # the second pass and that over ties are mostly not needed
 
 
 def test_the_buffers_stay_within_the_budget(

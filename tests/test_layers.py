@@ -90,7 +90,7 @@ ORDER = [
     "calibration",
     "methods.api",
     "methods.indicators",
-    "methods.histograms",
+    "methods.brackets",
     "methods.selection",
     "methods.norms",
     "methods.gates",

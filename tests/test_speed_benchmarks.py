@@ -114,7 +114,7 @@ def test_where_the_time_goes(tmp_path: Path) -> None:
     assert rows[0] == ["phase", "calls", "MainThread", "streammerge-hash_0", "streammerge_0", "all"]
     calls = {row[0]: int(row[1]) for row in rows[1:]}
     tensors = 4 * 12 + 2
-    assert calls["apply"] == calls["convert"] == calls["pass _HighBits"] == tensors  # one tile each
+    assert calls["apply"] == calls["convert"] == calls["pass _Narrow"] == tensors  # one tile each
     assert calls["read"] >= 2 * tensors and calls["write"] == tensors + 1  # the header
     assert calls["hash"] >= 1 and calls["read back"] >= tensors
     assert not (tmp_path / "out").exists()

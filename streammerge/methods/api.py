@@ -141,12 +141,17 @@ class Pass(ABC):
     Attributes:
         name: key of the result; a later pass of the same name refines it.
         reads_fisher: whether a survey's row blocks come with the Fisher.
-        reads_rows: whether it looks at row blocks at all; if not, `update` is never called.
+        reads_rows: whether it looks at all row blocks.
+        spare: whether it is only needed where a sample misled.
+        samples: whether it looks at some rows only, evenly spread, where they are at hand. They come a tile's worth at
+            a time: their numbers and offsets mean nothing.
     """
 
     name: str
     reads_fisher: bool = False
     reads_rows: bool = True
+    spare: bool = False
+    samples: bool = False
 
     @abstractmethod
     def start(self, unit: Unit, done: Results) -> Any | None:

@@ -1,30 +1,32 @@
 """Exact selection of the k largest scores of a stream, in constant memory and without a sort.
 
 Non-negative float32 values order like their bit patterns; signs are ignored, and all NaN count as equal and
-largest. A histogram of the high 16 bits finds the bin of the k-th largest, one of the low 16 bits inside that
-bin finds its value. Scores equal to it are kept in flat-index order until exactly k are kept; only where some
-of them must go does a third pass look for where. Order statistics (the median, quartiles) are found the same way.
+largest. The k-th largest is looked for in a bracket of patterns, which a sample of the rows makes narrow from the
+start: one pass mostly finds it, two do without a sample, three where a sample misled. Scores equal to it are kept in
+flat-index order until exactly k are kept; only where some of them must go does another pass look for where. Order
+statistics (the median, quartiles) are found the same way.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.methods.api import Pass, Results, RowBlock, Unit
-from streammerge.methods.histograms import HighHalves, LowHalves, descend
-from streammerge.methods.indicators import above, at_least, equal
+from streammerge.methods.brackets import NAN, Bracket, Place, Spread, likely
+from streammerge.methods.indicators import above, at_least
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Scores = Callable[[RowBlock], Sequence["Tensor"]]
 Counts = Callable[[Unit, Results], Sequence[int]]
+Ranks = Callable[[Unit, Results], Sequence[int | None]]  # from the largest, 1, on; None: not looked for
 
 _MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
-_NAN = 0x7F800001  # the one pattern that stands for all NaN, just above infinity
+_SAMPLED_TOGETHER = 1 << 14  # of a block of sampled rows at most so many scores are taken
 _NOTHING = 0x7FFFFFFF  # above every score
 _EVERYTHING = -1  # below every score
 
@@ -56,7 +58,7 @@ class Selection:
 
     def mask(self, scores: Tensor, offset: int) -> Tensor:
         """1 where an element is kept, else 0, float32: scores [r, c], the first of them at flat index `offset`."""
-        bits = _bits(scores)
+        bits = _bits(scores, self.threshold)
         cutoff = self.cutoff or 0
         before = min(max(cutoff - offset, 0), bits.numel())  # elements of this block whose ties are kept
         if before == bits.numel():
@@ -87,7 +89,12 @@ def k_largest_passes(scores: Scores, counts: Counts, name: str = "selection") ->
         counts: unit and results -> k per expert.
         name: key of the result.
     """
-    return [_HighBits(scores, counts, name), _LowBits(scores, name), _Cutoff(scores, name)]
+
+    def ranks(unit: Unit, done: Results) -> list[int | None]:
+        return [count if 0 < count < unit.numel else None for count in counts(unit, done)]
+
+    places = f"{name} places"
+    return [*_search(scores, ranks, places), _Thresholds(counts, places, name), _Cutoff(scores, name)]
 
 
 def order_statistic_passes(
@@ -97,71 +104,93 @@ def order_statistic_passes(
 
     Args:
         scores: row block -> [r, c], taken as float32 and by magnitude.
-        ranks: elements of the unit, n -> places in the ascending order of the scores, 0 to n - 1.
+        ranks: elements of the unit, n -> places in the ascending order of the scores, 0 to n - 1; always as many.
         name: key of the result.
     """
-    return [_RankBins(scores, ranks, name), _RankValues(scores, name)]
+    places = f"{name} places"
+
+    def from_largest(unit: Unit, done: Results) -> list[int | None]:
+        return [unit.numel - rank for rank in ranks(unit.numel)]
+
+    def repeated(block: RowBlock) -> Sequence[Tensor]:
+        return [scores(block)] * len(ranks(block.tensor.numel))
+
+    return [*_search(repeated, from_largest, places), _Values(places, name)]
 
 
-class _HighBits(Pass):
-    def __init__(self, scores: Scores, counts: Counts, name: str) -> None:
-        self.scores, self.counts, self.name = scores, counts, name
+def _search(scores: Scores, ranks: Ranks, name: str) -> list[Pass]:
+    """The passes after which `results[name]` is the Place of each rank; nothing where none is looked for."""
+    sample, twice = _Sample(scores, ranks, name), [_Narrow(scores, name) for _ in range(2)]
+    return [sample, *twice, _Narrow(scores, name, spare=True)]
 
-    def start(self, unit: Unit, done: Results) -> Any:
-        counts = self.counts(unit, done)
-        return {"kept": counts, "numel": unit.numel, "found": [HighHalves() for _ in counts]}
+
+class _Sample(Pass):
+    """Looks at a few rows for where the scores may lie."""
+
+    reads_rows, samples = False, True
+
+    def __init__(self, scores: Scores, ranks: Ranks, name: str) -> None:
+        self.scores, self.ranks, self.name = scores, ranks, name
+
+    def start(self, unit: Unit, done: Results) -> Any | None:
+        wanted = {i: rank for i, rank in enumerate(self.ranks(unit, done)) if rank is not None}
+        return {"numel": unit.numel, "wanted": wanted, "sampled": {i: [] for i in wanted}} if wanted else None
 
     def update(self, state: Any, block: RowBlock) -> None:
-        for i, scores in enumerate(self.scores(block)):
-            if 0 < state["kept"][i] < state["numel"]:
-                state["found"][i].add(_bits(scores))
+        every = -(-block.base.numel() // _SAMPLED_TOGETHER) | 1  # odd, as what columns repeat is mostly even
+        for i, bits in _patterns(self.scores(block), dict.fromkeys(state["wanted"], NAN)):
+            state["sampled"][i].append(bits.view(len(block.base), -1)[:, ::every].numpy().copy())
+
+    def finish(self, state: Any) -> dict[int, Bracket | Place]:
+        return {i: likely(rank, state["numel"], state["sampled"][i]) for i, rank in state["wanted"].items()}
+
+
+class _Narrow(Pass):
+    """Narrows the brackets that are left."""
+
+    def __init__(self, scores: Scores, name: str, spare: bool = False) -> None:
+        self.scores, self.name, self.spare = scores, name, spare
+
+    def start(self, unit: Unit, done: Results) -> Any | None:
+        places = done.get(self.name, {})
+        left = {i: place for i, place in places.items() if isinstance(place, Bracket)}
+        if not left:
+            return None
+        highest = {i: bracket.high for i, bracket in left.items()}
+        return {"places": places, "highest": highest, "spreads": {i: Spread(place) for i, place in left.items()}}
+
+    def update(self, state: Any, block: RowBlock) -> None:
+        for i, bits in _patterns(self.scores(block), state["highest"]):
+            state["spreads"][i].add(bits)
+
+    def finish(self, state: Any) -> dict[int, Bracket | Place]:
+        return {**state["places"], **{i: spread.narrowed() for i, spread in state["spreads"].items()}}
+
+
+class _Thresholds(Pass):
+    """Makes selections of the places that were found."""
+
+    reads_rows = False
+
+    def __init__(self, counts: Counts, places: str, name: str) -> None:
+        self.counts, self.places, self.name = counts, places, name
+
+    def start(self, unit: Unit, done: Results) -> Any:
+        return {"kept": self.counts(unit, done), "numel": unit.numel, "places": done.get(self.places, {})}
+
+    def update(self, state: Any, block: RowBlock) -> None:
+        raise AssertionError("reads no rows")
 
     def finish(self, state: Any) -> list[Selection]:
         selections = []
-        for kept, found in zip(state["kept"], state["found"], strict=True):
-            if kept == 0:
-                selections.append(Selection(0, _NOTHING, 0, 0))
-            elif kept == state["numel"]:
-                selections.append(Selection(kept, _EVERYTHING, 0, 0))
+        for i, kept in enumerate(state["kept"]):
+            place = state["places"].get(i)
+            if place is None:
+                selections.append(Selection(kept, _EVERYTHING if kept else _NOTHING, 0, 0))
             else:
-                high, within = descend(found.counted(), kept)
-                selections.append(Selection(kept, high << 16, within))
+                whole = place.ties == place.equal
+                selections.append(Selection(kept, place.pattern, place.ties, state["numel"] if whole else None))
         return selections
-
-
-class _LowBits(Pass):
-    """Refines a threshold known to its high bits, with `ties` scores to keep inside that bin."""
-
-    def __init__(self, scores: Scores, name: str) -> None:
-        self.scores, self.name = scores, name
-
-    def start(self, unit: Unit, done: Results) -> Any | None:
-        selections = done[self.name]
-        if all(selection.is_final for selection in selections):
-            return None
-        return {"selections": selections, "numel": unit.numel, "found": [LowHalves() for _ in selections]}
-
-    def update(self, state: Any, block: RowBlock) -> None:
-        for i, scores in enumerate(self.scores(block)):
-            selection = state["selections"][i]
-            if not selection.is_final:
-                state["found"][i].add(_bits(scores), selection.threshold >> 16)
-
-    def finish(self, state: Any) -> list[Selection]:
-        refined = []
-        for selection, found in zip(state["selections"], state["found"], strict=True):
-            if not selection.is_final:
-                histogram = found.counted()
-                low, ties = descend(histogram, selection.ties)
-                keeps_all = ties == int(histogram[low])
-                selection = replace(
-                    selection,
-                    threshold=selection.threshold | low,
-                    ties=ties,
-                    cutoff=state["numel"] if keeps_all else None,
-                )
-            refined.append(selection)
-        return refined
 
 
 class _Cutoff(Pass):
@@ -177,64 +206,62 @@ class _Cutoff(Pass):
         return {"selections": list(selections), "left": [selection.ties for selection in selections]}
 
     def update(self, state: Any, block: RowBlock) -> None:
-        if all(selection.is_final for selection in state["selections"]):
+        import numpy as np
+
+        wanted = {i: found.threshold for i, found in enumerate(state["selections"]) if not found.is_final}
+        if not wanted:
             return
-        for i, scores in enumerate(self.scores(block)):
-            selection = state["selections"][i]
-            if selection.is_final:
-                continue
-            ties = equal(_bits(scores), selection.threshold)
-            count = int(ties.sum())
-            if count >= state["left"][i]:
-                cutoff = block.offset + int(ties.nonzero()[state["left"][i] - 1]) + 1
-                state["selections"][i] = replace(selection, cutoff=cutoff)
-            state["left"][i] -= count
+        for i, bits in _patterns(self.scores(block), wanted):
+            ties, left = np.flatnonzero(bits.numpy() == wanted[i]), state["left"][i]
+            if len(ties) >= left:
+                cutoff = block.offset + int(ties[left - 1]) + 1
+                state["selections"][i] = replace(state["selections"][i], cutoff=cutoff)
+            state["left"][i] -= len(ties)
 
     def finish(self, state: Any) -> list[Selection]:
         return state["selections"]  # type: ignore[no-any-return]
 
 
-class _RankBins(Pass):
-    """Finds for every rank the high bits of its score, and its place among the scores that have them, from the top."""
+class _Values(Pass):
+    """Makes floats of the places that were found."""
 
-    def __init__(self, scores: Callable[[RowBlock], Tensor], ranks: Callable[[int], Sequence[int]], name: str) -> None:
-        self.scores, self.ranks, self.name = scores, ranks, name
+    reads_rows = False
 
-    def start(self, unit: Unit, done: Results) -> Any:
-        return {"numel": unit.numel, "found": HighHalves()}
-
-    def update(self, state: Any, block: RowBlock) -> None:
-        state["found"].add(_bits(self.scores(block)))
-
-    def finish(self, state: Any) -> list[tuple[int, int]]:
-        histogram, numel = state["found"].counted(), state["numel"]
-        return [descend(histogram, numel - rank) for rank in self.ranks(numel)]
-
-
-class _RankValues(Pass):
-    def __init__(self, scores: Callable[[RowBlock], Tensor], name: str) -> None:
-        self.scores, self.name = scores, name
+    def __init__(self, places: str, name: str) -> None:
+        self.places, self.name = places, name
 
     def start(self, unit: Unit, done: Results) -> Any:
-        places = done[self.name]
-        bins = sorted({high for high, _ in places})
-        return {"places": places, "found": {high: LowHalves() for high in bins}}
+        return done[self.places]
 
     def update(self, state: Any, block: RowBlock) -> None:
-        bits = _bits(self.scores(block))
-        for high, found in state["found"].items():
-            found.add(bits, high)
+        raise AssertionError("reads no rows")
 
     def finish(self, state: Any) -> list[float]:
-        histograms = {high: found.counted() for high, found in state["found"].items()}
-        found = [high << 16 | descend(histograms[high], within)[0] for high, within in state["places"]]
-        return [struct.unpack("<f", struct.pack("<I", bits))[0] for bits in found]
+        patterns = [state[i].pattern for i in sorted(state)]
+        return [struct.unpack("<f", struct.pack("<I", pattern))[0] for pattern in patterns]
 
 
-def _bits(scores: Tensor) -> Tensor:
-    """The bit patterns of the scores' magnitudes as float32, flat: int32, in the same order as the magnitudes."""
+def _patterns(scores: Sequence[Tensor], wanted: Mapping[int, int]) -> Iterator[tuple[int, Tensor]]:
+    """Of the scores that are wanted the number and the patterns, good for comparing with one up to that which is given.
+
+    Scores that are one and the same tensor are looked at once, where they follow each other.
+    """
+    last: Tensor | None = None
+    largest = max(wanted.values())
+    for i in wanted:
+        if scores[i] is not last:
+            last, bits = scores[i], _bits(scores[i], largest)
+        yield i, bits
+
+
+def _bits(scores: Tensor, largest: int = NAN) -> Tensor:
+    """The bit patterns of the scores' magnitudes as float32, flat: int32, in the same order as the magnitudes.
+
+    All NaN are the same, `NAN`, if they are compared with as large a pattern; else only larger.
+    """
     flat = scores.float().reshape(-1)
-    return (flat.view(_int32()) & _MAGNITUDE).clamp_(max=_NAN)
+    bits = flat.view(_int32()) & _MAGNITUDE
+    return bits.clamp_(max=NAN) if largest >= NAN else bits
 
 
 def _int32() -> Any:

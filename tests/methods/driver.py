@@ -6,6 +6,7 @@ The method sees tiles of `TensorContext.tile_rows` rows: set `streammerge.method
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -85,14 +86,20 @@ def merge(method: str, models: Models, parameter_count: int = 1000, **parameters
 
 
 def run_passes(
-    passes: Sequence[Pass], unit: Unit, blocks: Callable[[], Iterable[RowBlock]], given: Mapping[str, Any] | None = None
+    passes: Sequence[Pass],
+    unit: Unit,
+    blocks: Callable[[], Iterable[RowBlock]],
+    given: Mapping[str, Any] | None = None,
+    sample: Callable[[], Iterable[RowBlock]] | None = None,
 ) -> dict[str, Any]:
-    """The results of the passes, by name, beside those that are given."""
+    """The results of the passes, by name, beside those that are given; the sample is every third block by default."""
     results: dict[str, Any] = dict(given or {})
     for step in passes:
         state = step.start(unit, results)
         if state is not None:
             for block in blocks() if step.reads_rows else ():
+                step.update(state, block)
+            for block in (sample() if sample else islice(blocks(), None, None, 3)) if step.samples else ():
                 step.update(state, block)
             results[step.name] = step.finish(state)
     return results

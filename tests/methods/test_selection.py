@@ -1,8 +1,11 @@
 """Selection against a stable sort of all elements, however the stream is cut."""
 
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +14,7 @@ from methods.driver import run_passes
 from torch import Tensor
 
 from streammerge.methods.api import Pass, Results, RowBlock, TensorContext, Unit
+from streammerge.methods.brackets import Bracket, likely
 from streammerge.methods.selection import Selection, k_largest_passes, kept_count, order_statistic_passes, top_k_passes
 
 INF, NAN = float("inf"), float("nan")
@@ -32,19 +36,22 @@ def truth(scores: Tensor, k: int) -> Tensor:
     return mask
 
 
-def select(tensors: Sequence[Sequence[Tensor]], counts: Sequence[int], starts: Starts) -> tuple[list[Tensor], int]:
+def select(
+    tensors: Sequence[Sequence[Tensor]], counts: Sequence[int], starts: Starts, sampled: slice = slice(None, None, 3)
+) -> tuple[list[Tensor], int]:
     """Select `counts[e]` of expert e's scores from a unit of tensors[t][e] [r, c].
 
+    Args:
+        sampled: blocks that make the sample.
+
     Returns:
-        One flat mask over the unit per expert, and how many passes read the data.
+        One flat mask over the unit per expert, and how many passes read all of the data.
     """
     contexts = [TensorContext(f"t{i}", tuple(scores[0].shape), "F32", 0) for i, scores in enumerate(tensors)]
     unit = Unit("unit", tuple(contexts))
     reads = 0
 
     def blocks() -> Iterator[RowBlock]:
-        nonlocal reads
-        reads += 1
         offset = 0
         for context, scores in zip(contexts, tensors, strict=True):
             firsts = [*starts(context.rows), context.rows]
@@ -53,14 +60,19 @@ def select(tensors: Sequence[Sequence[Tensor]], counts: Sequence[int], starts: S
                 yield RowBlock(context, offset, first, stored, [], torch.float32)
             offset += context.numel
 
-    densities = [k / unit.numel for k in counts]
-    selections: list[Selection] = run_passes(top_k_passes(lambda b: b.stored, densities), unit, blocks)["selection"]
-    reads_of_passes = reads
+    def counted() -> Iterator[RowBlock]:
+        nonlocal reads
+        reads += 1
+        return blocks()
+
+    passes = top_k_passes(lambda b: b.stored, [k / unit.numel for k in counts])
+    results = run_passes(passes, unit, counted, sample=lambda: list(blocks())[sampled])
+    selections: list[Selection] = results["selection"]
     assert [selection.kept for selection in selections] == list(counts)
     parts = [
         [s.mask(block.stored[e], block.offset).bool().flatten() for block in blocks()] for e, s in enumerate(selections)
     ]
-    return [torch.cat(part) for part in parts], reads_of_passes
+    return [torch.cat(part) for part in parts], reads
 
 
 def deltas(dtype: torch.dtype, n: int = 600) -> Tensor:
@@ -107,6 +119,59 @@ def test_equals_a_stable_sort(name: str, starts: Starts) -> None:
     for k in (0, 1, 2, 199, 200, 201, 300, 401, 599, 600):
         (mask,), _ = select([[scores]], [k], starts)
         assert torch.equal(mask, truth(scores, k)), k
+
+
+@pytest.mark.parametrize("sampled", [slice(0, 0), slice(0, 1), slice(-1, None), slice(None)])
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_sample_changes_nothing(name: str, sampled: slice) -> None:
+    """Not even where it is of other scores: the rows are in rising order, so the first is of the least, the last of
+    the largest."""
+    scores = STREAMS[name].abs().sort().values.view(50, 12)
+    for k in (1, 199, 300, 599):
+        (mask,), reads = select([[scores]], [k], every(1), sampled)
+        assert torch.equal(mask, truth(scores, k)), k
+        assert reads <= 4
+
+
+def test_a_good_sample_spares_a_pass() -> None:
+    """Of float32 scores, which fill their bins: with 65,536 bins for a narrow bracket each has one pattern."""
+    generator = torch.Generator().manual_seed(3)
+    scores = 1 + torch.rand(300, 1000, generator=generator)
+    k = 60_000
+    for sampled, expected in ((slice(0, 0), 2), (slice(None, None, 3), 1), (slice(0, 0), 2)):
+        (mask,), reads = select([[scores]], [k], every(10), sampled)
+        assert torch.equal(mask, truth(scores, k))
+        assert reads - (1 if _ties_go(scores, k) else 0) == expected
+
+
+def _ties_go(scores: Tensor, k: int) -> bool:
+    """Whether some of the scores equal to the k-th largest are not among the k largest."""
+    return bool(scores.flatten().sort(descending=True).values[k - 1 : k + 1].diff() == 0)
+
+
+def test_a_sample_that_misleads_costs_a_pass_more() -> None:
+    """The sampled rows are a thousand times smaller, or larger, than the others, of which too many to note lie near."""
+    for factor in (1e-3, 1e3):
+        scores = deltas(torch.float32, 400_000).view(400, 1000)
+        scores[:10] *= factor
+        (mask,), reads = select([[scores]], [130_000], every(10), slice(0, 1))
+        assert torch.equal(mask, truth(scores, 130_000)) and reads == 3
+
+
+@pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 0.999])
+def test_the_likely_bracket_holds_the_place_and_little_else(share: float) -> None:
+    """Half of 3,000 rows of which every second is ten times as large as the others: the rows differ, and so little more
+    than the error of the sample is taken."""
+    generator = np.random.default_rng(4)
+    rows = np.sort(generator.random((3000, 64), dtype=np.float32))
+    rows[::2] *= 10
+    patterns = rows.view(np.int32)
+    k = round(share * patterns.size)
+    bracket = likely(k, patterns.size, [patterns[:1500]])
+    place = np.sort(patterns.reshape(-1))[::-1][k - 1]
+    assert bracket.low <= place <= bracket.high
+    assert ((patterns >= bracket.low) & (patterns <= bracket.high)).mean() < 0.15
+    assert likely(k, patterns.size, []) == Bracket(k)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999, 1.0])
@@ -185,13 +250,13 @@ def test_any_scores_any_cut(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("experts", "counts", "reads"),
     [
-        ([[5, 4, 3, 3]], [0], 1),  # nothing is kept: no threshold to refine
-        ([[5, 4, 3, 3]], [4], 1),
-        ([[5, 4, 3, 3]], [2], 2),  # no ties at the threshold
-        ([[4, 4, 3, 3]], [2], 2),  # all ties are kept
-        ([[5, 4, 3, 3]], [3], 3),  # one of the two ties goes
-        ([[5, 4, 3, 3], [5, 4, 3, 3]], [0, 2], 2),
-        ([[5, 4, 3, 3], [5, 4, 3, 3]], [4, 3], 3),
+        ([[5, 4, 3, 3]], [0], 0),  # nothing is kept, or all: there is nothing to look for
+        ([[5, 4, 3, 3]], [4], 0),
+        ([[5, 4, 3, 3]], [2], 1),  # no ties at the threshold
+        ([[4, 4, 3, 3]], [2], 1),  # all ties are kept
+        ([[5, 4, 3, 3]], [3], 2),  # one of the two ties goes
+        ([[5, 4, 3, 3], [5, 4, 3, 3]], [0, 2], 1),
+        ([[5, 4, 3, 3], [5, 4, 3, 3]], [4, 3], 2),
     ],
 )
 def test_passes_that_are_not_needed_are_skipped(experts: list[list[int]], counts: list[int], reads: int) -> None:
@@ -223,19 +288,27 @@ def test_a_long_stream_of_equal_halves() -> None:
             assert int(mask.sum()) == before and bool(mask[:before].all())
 
 
-def test_memory_does_not_grow_with_the_stream() -> None:
-    """What a pass keeps of a stream is one histogram per expert, of at most 2^16 counts."""
-    tensor = TensorContext("w", (64, 4096), "F32", 0)
-    scores = deltas(torch.bfloat16, tensor.numel).view(64, 4096)
-    results: dict[str, list[Selection]] = {}
-    for step in top_k_passes(lambda b: b.stored, [0.2, 0.7]):
-        state = step.start(Unit("w", (tensor,)), results)
-        for row in range(64):
-            step.update(state, RowBlock(tensor, 0, row, [scores[row : row + 1]] * 2, None, torch.float32))
-        kept = [value for values in state.values() if isinstance(values, list) for value in values]
-        assert sum(value.numel() for value in kept if isinstance(value, Tensor)) <= 2 << 16
-        results[step.name] = step.finish(state)
-    assert [selection.is_final for selection in results["selection"]] == [True, True]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_memory_does_not_grow_with_the_stream(dtype: torch.dtype) -> None:
+    """What the passes keep of a stream eight times as long, in numpy's own account; the sample apart."""
+    held = []
+    for rows in (512, 4096):
+        tensor = TensorContext("w", (rows, 4096), "F32", 0)
+        scores = deltas(dtype, tensor.numel).view(rows, 4096)
+        results: dict[str, Any] = {}
+        most = 0
+        for step in top_k_passes(lambda b: b.stored, [0.2, 0.7]):
+            tracemalloc.start()
+            state = step.start(Unit("w", (tensor,)), results)
+            if state is not None:
+                for row in range(0, rows if step.reads_rows else 0, 32):
+                    step.update(state, RowBlock(tensor, 0, row, [scores[row : row + 32]] * 2, [], torch.float32))
+                most = max(most, tracemalloc.get_traced_memory()[0])
+                results[step.name] = step.finish(state)
+            tracemalloc.stop()
+        assert [selection.is_final for selection in results["selection"]] == [True, True]
+        held.append(most)
+    assert held[1] < 1.01 * held[0] < 3 << 20
 
 
 @pytest.mark.parametrize("offset", [2**31 - 5, 2**31, 2**32 - 5, 2**40])
