@@ -25,6 +25,7 @@ from streammerge.hub.pull import HubMode
 from streammerge.hub.xet import CLIENT_BYTES, ram_for_xet, xet_share
 from streammerge.methods.api import Method, TensorContext, Unit
 from streammerge.recipe import Recipe, Resolved, make_recipe, resolve_method
+from streammerge.tokenizers import tokenizer_notes
 from streammerge.travel import Travel
 from streammerge.units import parse_size
 
@@ -318,7 +319,7 @@ def plan(
             for folder, model in zip(recipe.fisher_from, [base, *experts], strict=False):
                 fishers.append(open_fisher(Path(folder), model, recipe.fisher, needed))
                 stack.enter_context(fishers[-1][0])
-        notes = [note for match in matches for note in match.notes]
+        notes = [*(note for match in matches for note in match.notes), *tokenizer_notes(base, experts)]
         code = [name for name in base.side_files() if name.endswith(".py")]  # refuses what must not be copied
         if code:
             notes.append(f"copied, never run: {', '.join(code)}: code that model {base.id} brings")

@@ -61,6 +61,7 @@ ORDER = [
     "checkpoints.locate",
     "checkpoints",
     "compatibility",
+    "tokenizers",
     "fisher.coefficients",
     "fisher.store",
     "fisher.placement",
