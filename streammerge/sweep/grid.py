@@ -21,7 +21,7 @@ Grid = Mapping[str, Sequence[Any]]
 
 MOST_POINTS = 10_000
 _MOST_VALUES = 1000  # of one key
-_KEYS = ("method", "aim", "max_shard_bytes", "allow_nonfinite")
+_KEYS = ("method", "aim")
 _FIXED = {
     "base": "a sweep has one base",
     "models": "a sweep has the models of its recipe",
@@ -29,6 +29,8 @@ _FIXED = {
     "fisher": "a sweep measures one Fisher: set it in the recipe",
     "fisher_from": "a sweep measures one Fisher, or reuses the recipe's",
     "calibration": "name its setting: calibration.samples",
+    "max_shard_bytes": "it changes no score: set it in the recipe",
+    "allow_nonfinite": "it changes no score: set it in the recipe",
 }
 
 

@@ -25,7 +25,7 @@ from streammerge.progress import say, tell
 from streammerge.recipe import Recipe, make_recipe, resolve_method
 from streammerge.report import resolved_recipe
 from streammerge.sweep.evaluations import Evaluate, scored
-from streammerge.sweep.grid import Grid, Point, points
+from streammerge.sweep.grid import Grid, Point, points, told
 from streammerge.sweep.state import FISHER_FOLDER, PAGE_FILE, PICTURE_FILE, SweepFolder
 from streammerge.sweep.text import pareto_front, sweep_markdown, sweep_plot
 
@@ -49,11 +49,13 @@ class Checked:
 
     Attributes:
         fishers: how many Fishers it reads, the base's first.
+        reads_text: whether its method measures something on a calibration text.
     """
 
     point: Point
     recipe: Recipe
     fishers: int
+    reads_text: bool
 
 
 class Run:
@@ -73,6 +75,7 @@ class Run:
         self.max_ram, self.threads, self.hub_mode = max_ram, threads, hub_mode
         self.keep_merged, self.progress = keep_merged, progress
         self.sources: list[dict[str, Any]] = []
+        self.notes: list[str] = []
         self._inputs: list[Path | None] = []
 
     def run(self) -> dict[str, Any]:
@@ -83,6 +86,8 @@ class Run:
             folder = SweepFolder(self.job.out, self._identity(base), self._inputs)
             stack.enter_context(folder.locked())
             left = [point for point in checked if point.point.name not in folder.done]
+            if self.progress and len(left) < len(checked):
+                say(f"{len(checked) - len(left)} of {len(checked)} points are done already")
             fishers = [] if base.fisher_from else self._fishers(base, max((c.fishers for c in left), default=0))
             for number, point in enumerate(checked, 1):
                 name = point.point.name
@@ -100,21 +105,31 @@ class Run:
         """Plan every point, from headers alone."""
         values = base.model_dump(exclude_unset=True)
         checked: list[Checked] = []
-        known: dict[str, str] = {}
+        known: dict[str, Point] = {}
+        alike: list[str] = []
         for point in points(values, self.job.grid, one_by_one=self.job.one_by_one):
             try:
                 recipe = _without_useless(point.recipe)
                 with plan(recipe, max_ram=self.max_ram, threads=self.threads, hub_mode=self.hub_mode) as planned:
-                    checked.append(Checked(point, recipe, len(planned.of_fishers)))
+                    found = Checked(point, recipe, len(planned.of_fishers), bool(planned.method.calibration))
                     self._look(planned)
                     same = json.dumps(resolved_recipe(planned), sort_keys=True)
             except RecipeError as error:
                 raise RecipeError(f"point {point.label}: {error}") from None
-            if same in known:
-                raise RecipeError(f"two points are one and the same merge: {known[same]}; and {point.label}")
-            known[same] = point.label
+            if same not in known:
+                checked.append(found)
+                known[same] = point
+            elif known[same].settings:
+                alike.append(_alike(known[same], point))
+            else:
+                self.notes.append(f"{point.label} is {known[same].label}, which stands for it")
         if (base.fisher_from or "fisher" in values) and not any(point.fishers for point in checked):
             raise RecipeError("no point of this sweep reads a Fisher: leave fisher and fisher_from out of the recipe")
+        of_texts = [key for key in self.job.grid if key.startswith("calibration.")]
+        if of_texts and not any(point.reads_text for point in checked):
+            raise RecipeError(f"--set {of_texts[0]}: no point of this sweep reads a calibration text: leave it out")
+        if alike:
+            raise RecipeError(alike[0])
         return checked
 
     def _look(self, planned: MergePlan) -> None:
@@ -183,7 +198,9 @@ class Run:
         """What all points together say; written too."""
         done = [folder.done[c.point.name] for c in checked]
         front = pareto_front([(d["scores"]["accuracy"], d["scores"]["mean_length"]) for d in done])
-        told = "each merged model was removed once it was scored; its manifest is in points (--keep-merged keeps both)"
+        removed = (
+            "each merged model was removed once it was scored; its manifest is in points (--keep-merged keeps both)"
+        )
         result = {
             "version": __version__,
             "evaluation": self.job.evaluation,
@@ -193,7 +210,7 @@ class Run:
             "points": [
                 {"point": c.point.name, **d, "front": best} for c, d, best in zip(checked, done, front, strict=True)
             ],
-            "notes": [] if self.keep_merged else [told],
+            "notes": self.notes + ([] if self.keep_merged else [removed]),
         }
         with transfer_errors(folder.folder, "its tables cannot be written"):
             if can_draw():
@@ -205,6 +222,15 @@ class Run:
             disk.replace_file(folder.folder / PAGE_FILE, page.encode())
         folder.write(**result)
         return result
+
+
+def _alike(first: Point, second: Point) -> str:
+    """What to say of two points that are one merge."""
+    own = second.settings.items()
+    out = [
+        f"{told(v)} out of {key}" for key, v in own if key not in first.settings or told(first.settings[key]) != told(v)
+    ]
+    return f"two points are one and the same merge: {first.label}; and {second.label}: leave {' or '.join(out)}"
 
 
 def _without_useless(values: Mapping[str, Any]) -> Recipe:

@@ -74,6 +74,8 @@ def test_a_setting_of_the_calibration() -> None:
         ({"models": ["b"]}, "the models of its recipe"),
         ({"fisher": [1]}, "a sweep measures one Fisher: set it in the recipe"),
         ({"fisher.seed": [1, 2]}, "a sweep measures one Fisher: set it in the recipe"),
+        ({"max_shard_bytes": ["1KB", "2KB"]}, "max_shard_bytes: cannot be varied: it changes no score: set it in the"),
+        ({"allow_nonfinite": [True]}, "allow_nonfinite: cannot be varied: it changes no score"),
         ({"calibration.sample": [1]}, "did you mean 'samples'"),
         ({"density": []}, "give its values"),
         ({"density": [0.1, 0.2, 0.1]}, "the value 0.1 is given twice"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -18,9 +19,13 @@ from tiny_models import MATRIX, Models, Run, content, spoil, tensors
 import streammerge
 from streammerge import mini_l2s
 from streammerge.errors import OutputExistsError, RecipeError
+from streammerge.methods import METHODS
+from streammerge.recipe import DEFAULT_METHOD
 from streammerge.sweep import evaluations, state
+from streammerge.sweep.grid import parse_grid
 
 run_module = import_module("streammerge.sweep.run")
+DOCS = Path(__file__).parents[2] / "docs"
 
 GRID: dict[str, list[Any]] = {"density": [0.1, 0.4], "theta": [0.05, 0.5, "adaptive"]}
 
@@ -314,6 +319,63 @@ def test_an_ablation_is_one_command(calls: Calls, recipe: dict[str, Any], tmp_pa
         assert all(made[key] == value for key, value in point["settings"].items())
 
 
+ROWS = re.findall(r"^\| [^|]+ \| `(\w+=[^`]+)` \|$", (DOCS / "sweep.md").read_text("utf-8"), re.MULTILINE)
+
+
+class Planned(BaseException):
+    """All points are checked."""
+
+
+def planned(grid: Mapping[str, list[Any]], out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[str]]:
+    """The settings of the points that a sweep one by one of the mini pair would merge, and its notes."""
+    found: list[Any] = []
+
+    def stop(run: Any, base: Any) -> Any:
+        found.append((run, [dict(checked.point.settings) for checked in check(run, base)]))
+        raise Planned
+
+    check = run_module.Run._check
+    with monkeypatch.context() as patch, pytest.raises(Planned):
+        patch.setattr(run_module.Run, "_check", stop)
+        streammerge.sweep(evaluations.mini_pair(), grid, out, one_by_one=True)
+    ((run, settings),) = found
+    return settings, run.notes
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_of_the_documented_ablation_is_planned(
+    row: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value that is the method's default is the recipe as it is; which one that is, the method's schema says."""
+    assert len(ROWS) == 8
+    ((key, values),) = parse_grid([row]).items()
+    schemas = (METHODS[DEFAULT_METHOD].Parameters, METHODS[DEFAULT_METHOD].Expert)
+    default = next((schema.model_fields[key].default for schema in schemas if key in schema.model_fields), None)
+    same = [value for value in values if value == (0.2 if default == "auto" else default)]  # auto of a small model
+    settings, notes = planned({key: values}, tmp_path, monkeypatch)
+    assert settings == [{}, *({key: value} for value in values if value not in same)]
+    assert notes == [f"{key} {value} is the recipe as it is, which stands for it" for value in same]
+
+
+def test_a_folded_point_is_told(calls: Calls, recipe: dict[str, Any], tmp_path: Path) -> None:
+    result = sweep(recipe, tmp_path / "sweep", {"density": [0.1, 0.2]}, one_by_one=True, keep_merged=True)
+    assert [point["settings"] for point in result["points"]] == [{}, {"density": 0.1}]
+    assert result["notes"] == ["density 0.2 is the recipe as it is, which stands for it"]
+    assert (tmp_path / "sweep" / "sweep.md").read_text().endswith("which stands for it\n")
+
+
+def test_going_on_is_told(
+    calls: Calls, recipe: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep(recipe, tmp_path / "sweep", {"density": [0.1, 0.4]}, progress=True)
+    assert "done already" not in capsys.readouterr().err
+    sweep(recipe, tmp_path / "sweep", {"density": [0.1, 0.3, 0.4]})
+    assert capsys.readouterr().err == ""
+    sweep(recipe, tmp_path / "sweep", {"density": [0.1, 0.3, 0.4, 0.5]}, progress=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "3 of 4 points are done already" and "point 4 of 4: density 0.5" in lines
+
+
 def test_what_it_prints(calls: Calls, recipe: dict[str, Any], tmp_path: Path, run: Run) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -343,7 +405,17 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, list[Any]], str]] = {
         {"method": ["fim_ties", "ties"], "theta": [0.1]},
         "point method ties, theta 0.1: method ties",
     ),
-    "two alike": ({}, {"density": ["auto", 0.2]}, "one and the same merge: density auto; and density 0.2"),
+    "two alike": ({}, {"density": ["auto", 0.2]}, "merge: density auto; and density 0.2: leave 0.2 out of density$"),
+    "two alike of several keys": (
+        {},
+        {"density": [1, 1.0], "theta": [0.1]},
+        "merge: density 1, theta 0.1; and density 1.0, theta 0.1: leave 1.0 out of density$",
+    ),
+    "useless texts": (
+        {},
+        {"calibration.samples": [4, 8]},
+        "--set calibration.samples: no point of this sweep reads a calibration text: leave it out",
+    ),
     "no such model": ({"models": ["/nowhere"]}, {"density": [0.1]}, "there is no such folder"),
     "a useless Fisher": ({}, {"method": ["linear"]}, "no point of this sweep reads a Fisher"),
 }
