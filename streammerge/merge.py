@@ -265,7 +265,7 @@ def _check_save_fisher(job: MergePlan, folder: Path, out: Path) -> None:
             "`streammerge fisher` and give them with --fisher"
         )
     if not is_finished(folder):
-        check_output(folder, [job.base.folder, out], overwrite=False)
+        check_output(folder, [job.base.folder, out], overwrite=False, manifest=None, option="--save-fisher")
 
 
 def _measure(

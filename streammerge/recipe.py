@@ -163,7 +163,8 @@ def _for_expert(key: str, value: Any, index: int, models: Sequence[ExpertSpec], 
     if len(value) == 1:
         return value[0]
     if len(value) != len(models):
-        raise RecipeError(
-            f"{what}: {len(value)} values of {key} for {len(models)} fine-tuned models: give one or {len(models)}"
-        )
+        several = len(models) > 1
+        these = f"{len(models)} fine-tuned models" if several else "one fine-tuned model"
+        advice = f"one or {len(models)}" if several else "one"
+        raise RecipeError(f"{what}: {len(value)} values of {key} for {these}: give {advice}")
     return value[index]

@@ -121,7 +121,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"models": ["b", "c", "d"], "parameters": {"density": [1, 1]}},
         "2 values of density for 3 fine-tuned models: give one or 3",
     ),
-    "list empty": ({"parameters": {"density": []}}, "0 values of density for 1 fine-tuned models: give one or 1"),
+    "list empty": ({"parameters": {"density": []}}, "0 values of density for one fine-tuned model: give one$"),
+    "list too long for one": (
+        {"parameters": {"density": [0.1, 0.2]}},
+        "2 values of density for one fine-tuned model: give one$",
+    ),
     "list of a method's own": ({"parameters": {"theta": [1, 2]}}, "method fim_ties: theta"),
     "negative": ({"parameters": {"theta": -1}}, "theta: must not be negative"),
     "not finite": ({"parameters": {"gate_factor": float("inf")}}, "gate_factor: Input should be a finite number"),

@@ -15,28 +15,39 @@ WORK_DIR = ".streammerge"
 REPORT_MARK = b"<!DOCTYPE html>\n<!-- Report of a merge by streammerge -->\n"  # how a report of ours begins
 
 
-def check_output(folder: Path, inputs: Iterable[Path | None], overwrite: bool, manifest: str = MANIFEST_FILE) -> None:
+def check_output(
+    folder: Path,
+    inputs: Iterable[Path | None],
+    overwrite: bool,
+    manifest: str | None = MANIFEST_FILE,
+    option: str = "--out",
+) -> None:
     """Refuse an output folder that is an input, lies in one, or holds something else than an unfinished run of ours.
 
     With `overwrite`, a finished checkpoint of ours (one with `manifest`) is fine too, as long as it holds nothing
-    we did not write. An input of None lies in no folder.
+    we did not write.
+
+    Args:
+        inputs: folders; an input of None lies in none.
+        manifest: what a finished checkpoint that may be replaced has; None: nothing may be.
+        option: where the folder was named, for messages.
 
     Raises:
         OutputExistsError: naming what is in the way and what to do.
         TransferError: the folder cannot be looked into.
     """
     with transfer_errors(folder, "cannot be an output folder"):
-        _check_output(folder, [path for path in inputs if path is not None], overwrite, manifest)
+        _check_output(folder, [path for path in inputs if path is not None], overwrite, manifest, option)
 
 
-def _check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifest: str) -> None:
+def _check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifest: str | None, option: str) -> None:
     for path in inputs:
         if folder.resolve() == path.resolve():
-            raise OutputExistsError(f"output folder {folder} is also an input: choose another --out")
+            raise OutputExistsError(f"output folder {folder} is also an input: choose another {option}")
         if path.resolve() in folder.resolve().parents:
-            raise OutputExistsError(f"output folder {folder} lies inside {path}: choose another --out")
+            raise OutputExistsError(f"output folder {folder} lies inside {path}: choose another {option}")
     if folder.exists() and not folder.is_dir():
-        raise OutputExistsError(f"output {folder} is a file: choose another --out")
+        raise OutputExistsError(f"output {folder} is a file: choose another {option}")
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if not found:
         return
@@ -44,14 +55,17 @@ def _check_output(folder: Path, inputs: Iterable[Path], overwrite: bool, manifes
         raise OutputExistsError(
             f"output folder {folder} holds the link {link}, which would be written through: remove it"
         )
-    ours = files_of_manifest(folder, manifest)
+    ours = files_of_manifest(folder, manifest) if manifest is not None else None
     if overwrite and ours is not None:
         foreign = found - {Path(name).parts[0] for name in ours} - {WORK_DIR}
         if foreign:
             raise OutputExistsError(f"output folder {folder} also holds {min(foreign)!r}, which is not ours to remove")
     elif WORK_DIR not in found:
-        advice = "or replace that merge with --overwrite" if ours is not None else "or empty it"
-        raise OutputExistsError(f"output folder {folder} is not empty ({min(found)!r}): choose another --out {advice}")
+        kind = "merge" if manifest == MANIFEST_FILE else "Fisher"
+        advice = f"or replace that {kind} with --overwrite" if ours is not None else "or empty it"
+        raise OutputExistsError(
+            f"output folder {folder} is not empty ({min(found)!r}): choose another {option} {advice}"
+        )
 
 
 def _foreign_link(folder: Path) -> Path | None:

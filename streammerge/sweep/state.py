@@ -42,7 +42,7 @@ class SweepFolder:
         if (folder / SWEEP_FILE).is_file():
             self._read()
         else:
-            check_output(folder, inputs, overwrite=False)
+            check_output(folder, inputs, overwrite=False, manifest=None)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
