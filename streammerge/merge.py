@@ -34,14 +34,14 @@ from streammerge.hub.settings import PushSettings
 from streammerge.hub.xet import transfers
 from streammerge.needs import hub_cache, merge_needs
 from streammerge.plan import MergePlan, plan
-from streammerge.recipe import Recipe
+from streammerge.recipe import RecipeLike
 from streammerge.report import file_entry, manifest, resolved_recipe, seal
 from streammerge.report.drawing import draw_report
 from streammerge.timeline import Timeline
 
 
 def merge(
-    recipe: Recipe | Mapping[str, Any],
+    recipe: RecipeLike,
     out: str | Path | None = None,
     *,
     push_to_hub: str | PushSettings | Mapping[str, Any] | None = None,
@@ -67,7 +67,7 @@ def merge(
     work folder is then in huggingface_hub's `HF_ASSETS_CACHE`, and goes with the commit.
 
     Args:
-        recipe: what to merge; a mapping is read as one, with the keys of `Recipe`.
+        recipe: what to merge; a mapping is read as one, with the keys of `Recipe`, and a path as that of a YAML file.
         out: the output folder; new, empty, or left unfinished by the same call. May be left out with `push_to_hub`.
         push_to_hub: the repository, org/name, or a mapping with the keys of `PushSettings`.
         max_ram: bytes for buffers and temporaries of the merge, on top of what importing torch takes; or a size such as

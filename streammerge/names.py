@@ -1,4 +1,7 @@
-"""Which names of files may be trusted with a path: names come from indexes, manifests and the Hub's listings."""
+"""Which names of files may be trusted with a path, and what may name a model.
+
+Names of files come from indexes, manifests and the Hub's listings.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,11 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from streammerge.errors import RecipeError
+
+Named = str | os.PathLike[str]  # a model or a folder
 
 _LONGEST_PART, _LONGEST = 255, 1024  # bytes; of every usual file system, and of macOS for a path
 
@@ -60,3 +68,20 @@ def stays_inside(folder: Path, name: str) -> bool:
         return True
     snapshots, repository = root.parent, root.parent.parent
     return snapshots.name == "snapshots" and target.parent == repository / "blobs"
+
+
+def path_as_text(value: Any) -> Any:
+    """A path as text; anything else as it is."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def named(model: Named) -> str:
+    """A model, or a folder, as text.
+
+    Raises:
+        RecipeError: it is neither a text nor a path.
+    """
+    text = path_as_text(model)
+    if not isinstance(text, str):
+        raise RecipeError(f"model {text!r}: name it by a text or a path")
+    return text

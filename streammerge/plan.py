@@ -24,7 +24,7 @@ from streammerge.fisher.store import STORED_AS, FisherRecord, FisherSettings, op
 from streammerge.hub.pull import HubMode
 from streammerge.hub.xet import CLIENT_BYTES, ram_for_xet, xet_share
 from streammerge.methods.api import Method, TensorContext, Unit
-from streammerge.recipe import Recipe, Resolved, make_recipe, resolve_method
+from streammerge.recipe import Recipe, RecipeLike, Resolved, make_recipe, resolve_method
 from streammerge.tokenizers import tokenizer_notes
 from streammerge.travel import Travel
 from streammerge.units import parse_size
@@ -269,7 +269,7 @@ class MergePlan:
 
 
 def plan(
-    recipe: Recipe | Mapping[str, Any],
+    recipe: RecipeLike,
     *,
     max_ram: int | str = DEFAULT_MAX_RAM,
     threads: int | None = None,
@@ -280,7 +280,7 @@ def plan(
     """Open every input's headers, check them against one another and lay out the output.
 
     Args:
-        recipe: what to merge; a mapping is read as one.
+        recipe: what to merge; a mapping is read as one, and a path as that of a YAML file.
         max_ram: bytes for buffers and temporaries, on top of what importing torch takes; or a size such as "256MiB".
         threads: workers; the processors by default, at most 8.
         hub_mode: how models on the Hub will be read; see `merge`. Planning fetches headers, index and config only.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -58,13 +58,15 @@ class Recipe(Strict):
     @field_validator("fisher_from", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
-        return [] if value is None else [value] if isinstance(value, str) else value
+        return [] if value is None else [value] if isinstance(value, str | os.PathLike) else value
 
     @field_validator("models", mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
         """A fine-tuned model may be given as its name alone."""
-        return [{"model": m} if isinstance(m, str) else m for m in value] if isinstance(value, list) else value
+        if not isinstance(value, list | tuple):
+            return value
+        return [{"model": m} if isinstance(m, str | os.PathLike) else m for m in value]
 
     @field_validator("method")
     @classmethod
@@ -81,15 +83,24 @@ class Recipe(Strict):
         return parse_size(value)
 
 
-def make_recipe(values: Recipe | Mapping[str, Any]) -> Recipe:
-    """Make a recipe from plain values; raises RecipeError with all that is wrong in one line."""
-    return values if isinstance(values, Recipe) else build(Recipe, values, "recipe")
+RecipeLike = Recipe | Mapping[str, Any] | str | os.PathLike[str]
+
+
+def make_recipe(values: RecipeLike) -> Recipe:
+    """Make a recipe from plain values, or from a YAML file; raises RecipeError with all that is wrong in one line."""
+    if isinstance(values, Recipe):
+        return values
+    if isinstance(values, str | os.PathLike):
+        values = load_recipe(values)
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"recipe: give a mapping, or the path of a YAML file, not a {type(values).__name__}")
+    return build(Recipe, dict(values), "recipe")
 
 
 _MOST_BYTES, _MOST_VALUES = 100_000, 10_000  # of a recipe: hundreds of models with all their parameters
 
 
-def load_recipe(path: str | Path) -> dict[str, Any]:
+def load_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the values of a YAML recipe.
 
     Raises:

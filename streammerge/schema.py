@@ -8,13 +8,19 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 from streammerge.errors import RecipeError
-from streammerge.names import unsafe_name
+from streammerge.names import path_as_text, unsafe_name
 
 
 class Strict(BaseModel):
     """Base of everything read from a recipe, a command line or one of our JSON files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _named_by_a_path(cls, value: Any) -> Any:
+        """Whatever is named by a text may be named by a path."""
+        return [path_as_text(item) for item in value] if isinstance(value, list) else path_as_text(value)
 
     @field_validator("*", mode="before")
     @classmethod

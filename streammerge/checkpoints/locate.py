@@ -15,7 +15,7 @@ from typing import get_args
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.errors import CheckpointError, RecipeError
 from streammerge.hub.pull import HubMode, hub_files
-from streammerge.names import unsafe_name
+from streammerge.names import Named, named, unsafe_name
 from streammerge.schema import suggest
 
 HUB_SCHEME = "hf://"
@@ -23,7 +23,7 @@ _REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _COMMIT = re.compile(r"@[0-9a-f]{40}\Z")
 
 
-def open_model(reference: str, hub_mode: HubMode = "cache", progress: bool = False) -> Checkpoint:
+def open_model(reference: Named, hub_mode: HubMode = "cache", progress: bool = False) -> Checkpoint:
     """Find a model and open its headers.
 
     Everything of a model on the Hub is taken from one commit, which is the checkpoint's revision. `HF_ENDPOINT`,
@@ -41,6 +41,7 @@ def open_model(reference: str, hub_mode: HubMode = "cache", progress: bool = Fal
     """
     if hub_mode not in get_args(HubMode):
         raise RecipeError(f"--hub-mode: there is no {hub_mode!r}: {suggest(hub_mode, get_args(HubMode))}")
+    reference = named(reference)
     hub_only = reference.startswith(HUB_SCHEME)
     name = reference.removeprefix(HUB_SCHEME)
     if not hub_only and os.path.isdir(name):  # unlike Path.is_dir, False for a name the system cannot hold
@@ -63,12 +64,13 @@ def open_model(reference: str, hub_mode: HubMode = "cache", progress: bool = Fal
         raise
 
 
-def require_pinned(reference: str) -> None:
+def require_pinned(reference: Named) -> None:
     """Refuse a model on the Hub whose revision may come to mean other files, before any code of it is run.
 
     Raises:
         RecipeError: the reference names no full commit.
     """
+    reference = named(reference)
     name = reference.removeprefix(HUB_SCHEME)
     if (name != reference or not os.path.isdir(name)) and not _COMMIT.search(name):
         raise RecipeError(f"--trust-remote-code: pin {name} to the commit you have read: {name.split('@')[0]}@COMMIT")

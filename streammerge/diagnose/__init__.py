@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,12 +13,13 @@ from streammerge.compatibility import match_experts, refuse_quantised
 from streammerge.diagnose.settings import DiagnoseSettings
 from streammerge.fisher.placement import FisherRun
 from streammerge.hub.pull import HubMode
+from streammerge.names import Named
 from streammerge.schema import build
 
 
 def diagnose(
-    model: str,
-    against: str | Sequence[str],
+    model: Named,
+    against: Named | Sequence[Named],
     settings: DiagnoseSettings | Mapping[str, Any] | None = None,
     *,
     hub_mode: HubMode = "cache",
@@ -86,7 +88,7 @@ def diagnose(
     """
     if not isinstance(settings, DiagnoseSettings):
         settings = build(DiagnoseSettings, settings or {}, "diagnosis")
-    sources = [against] if isinstance(against, str) else list(against)
+    sources = [against] if isinstance(against, str | os.PathLike) else list(against)
     settings.check(len(sources))
     if plot is not None:
         from streammerge.diagnose.plot import check_plot

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,12 +17,13 @@ from streammerge.evaluation.scores import averages
 from streammerge.evaluation.settings import TASKS, EvaluationSettings
 from streammerge.evaluation.store import COMPARISON, check_folder, read_results, write_files
 from streammerge.evaluation.text import comparison_markdown
+from streammerge.names import Named, named
 from streammerge.schema import build
 from streammerge.text import all_visible
 
 
 def compare(
-    models: Sequence[str],
+    models: Sequence[Named],
     settings: EvaluationSettings | Mapping[str, Any] | None = None,
     *,
     out: str | Path | None = None,
@@ -47,13 +49,16 @@ def compare(
         RecipeError: fewer than two models, or one twice; results of different problems or settings, all differences.
         OutputExistsError, CheckpointError, TransferError: as for `evaluate`.
     """
-    names = _names(models)
+    if isinstance(models, str | os.PathLike):
+        raise RecipeError(f"--compare: give a list of models, or of folders of results, not {models} alone")
+    given = [named(model) for model in models]
+    names = _names(given)
     if not isinstance(settings, EvaluationSettings):
         settings = build(EvaluationSettings, settings or {}, "evaluation")
     settings.check()
     how = How(device, batch_size, trust_remote_code, overwrite, progress)
-    saved = {model: read_results(Path(model)) for model in models}
-    fresh = [model for model in models if not saved[model]]
+    saved = {model: read_results(Path(model)) for model in given}
+    fresh = [model for model in given if not saved[model]]
     if out is not None:
         check_folder(Path(out))
     if fresh:
@@ -69,12 +74,12 @@ def compare(
             names[model]: evaluations[model].identities
             if model in evaluations
             else {task: record["identity"] for task, record in saved[model].items()}
-            for model in models
+            for model in given
         }
         _require_alike(identities, shown)
         rows = [
             _row(names[model], evaluations[model].run() if model in evaluations else saved[model], shown)
-            for model in models
+            for model in given
         ]
     result = {"version": __version__, "tasks": shown, "models": rows}
     if out is not None:

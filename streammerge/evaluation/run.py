@@ -21,6 +21,7 @@ from streammerge.evaluation.store import check_folder, model_identity, read_resu
 from streammerge.evaluation.task_files import TaskFile, read_task
 from streammerge.fisher.placement import default_device
 from streammerge.host import memory_errors
+from streammerge.names import Named
 from streammerge.schema import build
 
 BATCH_SIZE = 8
@@ -65,7 +66,7 @@ class How:
 
 
 def evaluate(
-    model: str,
+    model: Named,
     settings: EvaluationSettings | Mapping[str, Any] | None = None,
     *,
     out: str | Path | None = None,
@@ -136,7 +137,7 @@ class Evaluation:
 
     def __init__(
         self,
-        model: str,
+        model: Named,
         settings: EvaluationSettings,
         problems: Mapping[TaskFile, Problems],
         how: How,

@@ -26,13 +26,14 @@ from streammerge.fisher.placement import (
 from streammerge.fisher.store import FisherRecord, FisherSettings
 from streammerge.host import require_memory
 from streammerge.hub.pull import HubMode
+from streammerge.names import Named
 from streammerge.schema import build
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
 
 def fisher(
-    base: str | Checkpoint,
+    base: Named | Checkpoint,
     out: str | Path,
     settings: FisherSettings | Mapping[str, Any] | None = None,
     *,

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from streammerge.budget import DEFAULT_MAX_RAM
 from streammerge.fisher.placement import FisherRun
 from streammerge.hub.pull import HubMode
-from streammerge.recipe import Recipe
+from streammerge.recipe import RecipeLike
 from streammerge.sweep.evaluations import find_evaluation
 from streammerge.sweep.grid import Grid
 from streammerge.sweep.run import Job, Run
 
 
 def sweep(
-    recipe: Recipe | Mapping[str, Any],
+    recipe: RecipeLike,
     grid: Grid,
     out: str | Path,
     *,
@@ -40,7 +39,7 @@ def sweep(
     call with another grid goes on too, and does what is new.
 
     Args:
-        recipe: the merge that all points start from.
+        recipe: the merge that all points start from; see `merge`.
         grid: key of the recipe (method, aim, ...) or parameter of its method -> values; also calibration.samples and
             the like. A value for all models, or a list with one each.
         out: folder of the sweep; new, empty, or of the same sweep.

@@ -92,6 +92,8 @@ def points(recipe: Mapping[str, Any], grid: Grid, *, one_by_one: bool = False) -
     Raises:
         RecipeError: a key that a sweep cannot vary, no values, too many points.
     """
+    if not isinstance(grid, Mapping):
+        raise RecipeError('a grid is a mapping of keys and lists of values: {"density": [0.1, 0.2]}')
     for key, values in grid.items():
         _check(key, values)
     count = 1 + sum(map(len, grid.values())) if one_by_one else _product(grid)
@@ -118,6 +120,8 @@ def _check(key: str, values: Sequence[Any]) -> None:
         raise RecipeError(f"--set {key}: cannot be varied: {_FIXED.get(head, 'it has no parts')}")
     if head == "calibration" and rest not in CalibrationSettings.model_fields:
         raise RecipeError(f"--set {key}: no such setting: {suggest(rest, CalibrationSettings.model_fields)}")
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise RecipeError(f"--set {key}: give a list of values, also for one alone: [{values!r}]")
     if not values:
         raise RecipeError(f"--set {key}: give its values: --set {key}=VALUE,VALUE,...")
     texts = [json.dumps(value) for value in values]

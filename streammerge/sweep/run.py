@@ -22,7 +22,7 @@ from streammerge.hub.pull import HubMode
 from streammerge.merge import merge
 from streammerge.plan import MergePlan, plan
 from streammerge.progress import say, tell
-from streammerge.recipe import Recipe, make_recipe, resolve_method
+from streammerge.recipe import Recipe, RecipeLike, make_recipe, resolve_method
 from streammerge.report import resolved_recipe
 from streammerge.sweep.evaluations import Evaluate, scored
 from streammerge.sweep.grid import Grid, Point, points, told
@@ -34,7 +34,7 @@ from streammerge.sweep.text import pareto_front, sweep_markdown, sweep_plot
 class Job:
     """What a sweep is asked for; see `sweep`."""
 
-    recipe: Recipe | Mapping[str, Any]
+    recipe: RecipeLike
     grid: Grid
     out: Path
     evaluate: Evaluate
