@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,10 @@ class Recipe(Strict):
     def _known_method(cls, value: str) -> str:
         name = value.replace("-", "_")
         if name not in METHODS:
-            known = "it is a post-step of any method: --aim" if name == "aim" else suggest(name.lower(), METHODS)
+            begun = [method for method in METHODS if method.startswith(name.lower())] if name else []
+            near = begun or difflib.get_close_matches(name.lower(), METHODS, n=1)
+            known = f"did you mean {near[0]!r}?" if near else "`streammerge methods` lists them"
+            known = "it is a post-step of any method: --aim" if name == "aim" else known
             raise ValueError(f"there is no such method: {known}")
         return name
 
@@ -124,6 +128,8 @@ def parse_recipe(raw: bytes, where: str) -> dict[str, Any]:
     """
     try:
         values = parse_yaml(raw.decode("utf-8"), _MOST_VALUES)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{where}: not valid YAML: byte {error.start + 1} is not of a text in UTF-8") from None
     except ValueError as error:
         raise RecipeError(f"{where}: not valid YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

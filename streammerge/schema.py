@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic_core import ErrorDetails
 
 from streammerge.errors import RecipeError
 from streammerge.names import path_as_text, unsafe_name
@@ -42,6 +43,35 @@ FileName = Annotated[str, AfterValidator(_safe)]  # relative to a folder, and in
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_MUST = "must be "
+
+# What pydantic finds wrong -> what is said of it, with the bound in it.
+_IN_WORDS = {
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be a whole number of fewer digits",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "finite_number": "must be a finite number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be a text",
+    "string_unicode": "must be a text",
+    "path_type": "must be a path",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping",
+    "literal_error": "must be {expected}",
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be below {lt}",
+    "string_too_short": "must be a text that is not empty",
+    "too_short": "must hold at least {min_length}",
+}
+
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """A "did you mean" for a misspelt word, else the list of what there is."""
@@ -74,12 +104,25 @@ def build(model: type[Model], values: Mapping[str, Any], what: str) -> Model:
                 problems[f"{place} is missing", ""] = []
             else:
                 told = problems.setdefault((place, reprlib.repr(item["input"])), [])
-                told.append(item["msg"].removeprefix("Value error, "))
+                told.append(_in_words(item))
         lines = [
-            f"{place}: {', or: '.join(dict.fromkeys(told))}, not {value}" if told else place
+            f"{place}: {_either([*dict.fromkeys(told)])}, not {value}" if told else place
             for (place, value), told in problems.items()
         ]
         raise RecipeError(f"{what}: {'; '.join(lines)}") from None
+
+
+def _in_words(problem: ErrorDetails) -> str:
+    """What is wrong with a value, without the library's words."""
+    words = _IN_WORDS.get(problem["type"])
+    return problem["msg"].removeprefix("Value error, ") if words is None else words.format(**problem.get("ctx", {}))
+
+
+def _either(told: list[str]) -> str:
+    """What each form of a union says, in one."""
+    if all(text.startswith(_MUST) for text in told):
+        return _MUST + " or ".join(text.removeprefix(_MUST) for text in told)
+    return ", or: ".join(told)
 
 
 def _place(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import yaml
+from yaml.reader import ReaderError
 
 _BOOL = "tag:yaml.org,2002:bool"
 _DEEPEST = 50
@@ -39,7 +40,7 @@ class _Loader(yaml.SafeLoader):
         before = self._count
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if not isinstance(event, yaml.AliasEvent) and getattr(event, "tag", None) is not None:
-            raise yaml.YAMLError(f"the tag {event.tag!r}: plain values need none")
+            raise _flaw(f"the tag {event.tag!r}: plain values need none", event.start_mark)
         self._depth += 1
         if self._depth > _DEEPEST:
             raise yaml.YAMLError(f"nested more than {_DEEPEST} deep")
@@ -47,7 +48,7 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                raise yaml.YAMLError(f"{event.anchor!r} refers to itself")
+                raise _flaw(f"{event.anchor!r} refers to itself", event.start_mark)
             self._count += self._sizes[id(node)]
         else:
             self._count += 1
@@ -58,7 +59,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         if len(node.value) > _LONGEST_NUMBER and node.tag.endswith((":int", ":float")):
-            raise yaml.YAMLError(f"a number of {len(node.value)} characters")
+            raise _flaw(f"a number of {len(node.value)} characters", node.start_mark)
         return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -66,7 +67,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.YAMLError(f"{key.value!r} is given twice")
+                    raise _flaw(f"{key.value!r} is given twice", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -74,17 +75,52 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(_BOOL, re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
-def parse_yaml(text: str, most: int) -> Any:
+# What PyYAML says -> what is wrong and what to do, for the slips that recipes have.
+_IN_WORDS = {
+    "character '\\t' that cannot start any token": "a tab cannot stand at the start: use blanks",
+    "that cannot start any token": "a value that begins with such a character goes into quotes",
+    "found undefined alias": "a value that begins with * goes into quotes",
+    "mapping values are not allowed here": "a second `key: value` in a line, or one indented unlike the lines above; a "
+    "value with a colon goes into quotes",
+    "expected <block end>, but found": "indented unlike the lines above",
+}
+# The same, where what is wrong began earlier than PyYAML noticed.
+_BEGAN = {
+    "expected alphabetic or numeric character": "a value that begins with * or & goes into quotes",
+    "could not find expected ':'": "a line that is no `key: value`: is a colon missing, or the blank behind it?",
+    "but got '<stream end>'": "a bracket is not closed",
+    "found unexpected end of stream": "a quotation mark is not closed",
+}
+
+
+def parse_yaml(text: str, most: int, *, place: bool = True) -> Any:
     """The plain values of a YAML document.
 
     Args:
         text: the document.
         most: values there may be, what an alias repeats counted anew.
+        place: whether line and column help to find what is wrong.
 
     Raises:
         ValueError: with the reason, in one line.
     """
     try:
         return _Loader(text, most).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        problem, mark = error.problem or "", error.problem_mark
+        known = next((known for known in (*_IN_WORDS, *_BEGAN) if known in problem), "")
+        mark = error.context_mark or mark if known in _BEGAN else mark
+        told = {**_IN_WORDS, **_BEGAN}.get(known, problem)
+        line, column = (mark.line, mark.column) if mark is not None else (0, 0)
+    except ReaderError as error:
+        told = f"the character U+{ord(text[error.position]):04X} cannot stand in a text"
+        line = text.count("\n", 0, error.position)
+        column = error.position - text.rfind("\n", 0, error.position) - 1
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:  # ValueError: a date that is none
-        raise ValueError(" ".join(str(error).split())[:200]) from None
+        told, place = str(error), False
+    where = f"line {line + 1}, column {column + 1}: " if place else ""
+    raise ValueError(where + " ".join(told.split())[:200]) from None
+
+
+def _flaw(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)

@@ -40,7 +40,7 @@ def test_a_merge_of_paths_is_the_merge_of_their_texts(
     streammerge.fisher(base, kind(fisher), QUICK, device="cpu")
     recipe = {"base": base, "models": [ft, {"model": ft2}], "fisher_from": [kind(fisher)], "fisher": QUICK}
     texts = {"base": str(models.base), "models": [str(models.ft), str(models.ft2)], "fisher_from": str(fisher)}
-    texts["fisher"] = QUICK  # type: ignore[assignment]
+    texts["fisher"] = QUICK
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(texts))
     streammerge.merge(texts, tmp_path / "texts")
     streammerge.merge(recipe, kind(tmp_path / "paths"))
@@ -88,20 +88,20 @@ def test_what_runs_elsewhere_takes_paths_too(models: Models, tmp_path: Path) -> 
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "a number for a model": (lambda: streammerge.diagnose(3, "x"), "model 3: name it by a text or a path"),  # type: ignore[arg-type]
-    "bytes for a model": (lambda: streammerge.compare(["a", b"b"]), "model b'b': name it by a text"),  # type: ignore[list-item]
+    "a number for a model": (lambda: streammerge.diagnose(3, "x"), "model 3: name it by a text or a path"),
+    "bytes for a model": (lambda: streammerge.compare(["a", b"b"]), "model b'b': name it by a text"),
     "one text to compare": (
         lambda: streammerge.compare("results/base"),
         "--compare: give a list of models, or of folders of results, not results/base alone",
     ),
-    "one path to compare": (lambda: streammerge.compare(Path("r")), "give a list of models, .*, not r alone"),  # type: ignore[arg-type]
+    "one path to compare": (lambda: streammerge.compare(Path("r")), "give a list of models, .*, not r alone"),
     "a list for a recipe": (
-        lambda: streammerge.plan([]),  # type: ignore[arg-type]
+        lambda: streammerge.plan([]),
         "recipe: give a mapping, or the path of a YAML file, not a list",
     ),
     "a recipe that is not there": (lambda: streammerge.merge("r.yaml", "out"), "recipe r.yaml: No such file"),
     "a number for a list": (
-        lambda: streammerge.sweep({"base": "a", "models": ["b"]}, {"density": 0.1}, "out"),  # type: ignore[dict-item]
+        lambda: streammerge.sweep({"base": "a", "models": ["b"]}, {"density": 0.1}, "out"),
         r"--set density: give a list of values, also for one alone: \[0.1\]",
     ),
     "a text for a list": (
@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         r"--set method: give a list of values, also for one alone: \['ties'\]",
     ),
     "a list for a grid": (
-        lambda: streammerge.sweep({"base": "a", "models": ["b"]}, ["density=0.1"], "out"),  # type: ignore[arg-type]
+        lambda: streammerge.sweep({"base": "a", "models": ["b"]}, ["density=0.1"], "out"),
         "a grid is a mapping of keys and lists of values",
     ),
 }

@@ -128,7 +128,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "list of a method's own": ({"parameters": {"theta": [1, 2]}}, "method fim_ties: theta"),
     "negative": ({"parameters": {"theta": -1}}, "theta: must not be negative"),
-    "not finite": ({"parameters": {"gate_factor": float("inf")}}, "gate_factor: Input should be a finite number"),
+    "not finite": ({"parameters": {"gate_factor": float("inf")}}, "gate_factor: must be a finite number"),
     "beside a model": (
         {"models": [{"model": "b", "parameters": {"theta": 1}}]},
         "method fim_ties, model b: there is no 'theta'",
@@ -146,13 +146,13 @@ def test_parameters_that_make_no_sense(values: dict[str, Any], words: str) -> No
     ("values", "words"),
     [
         ({}, "recipe: base is missing; models is missing"),
-        ({"base": datetime.date(2024, 1, 1), "models": ["b"]}, "base: Input should be a valid string"),
-        (PAIR | {"models": []}, "models: List should have at least 1 item"),
-        (PAIR | {"models": [3]}, "models.0: Input should be a valid dictionary"),
-        (PAIR | {"method": 3}, "method: Input should be a valid string"),
+        ({"base": datetime.date(2024, 1, 1), "models": ["b"]}, "base: must be a text"),
+        (PAIR | {"models": []}, "models: must hold at least 1"),
+        (PAIR | {"models": [3]}, "models.0: must be a mapping"),
+        (PAIR | {"method": 3}, "method: must be a text"),
         (PAIR | {"fisher": {"samples": 1.5}}, "fisher.samples: "),
         (PAIR | {"max_shard_bytes": None}, "max_shard_bytes: None is not a size"),
-        (PAIR | {"allow_nonfinite": "perhaps"}, "allow_nonfinite: Input should be a valid boolean"),
+        (PAIR | {"allow_nonfinite": "perhaps"}, "allow_nonfinite: must be true or false"),
     ],
 )
 def test_values_of_another_kind(values: dict[str, Any], words: str) -> None:
@@ -164,3 +164,20 @@ def test_off_in_a_recipe_stays_the_word(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("parameters: {norm_tolerance: off, other: on, normalize: false, x: yes}")
     values = load_recipe(tmp_path / "r.yaml")["parameters"]
     assert values == {"norm_tolerance": "off", "other": "on", "normalize": False, "x": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("fimties", "did you mean 'fim_ties'"),
+        ("task", "did you mean 'task_arithmetic'"),
+        ("dare", "did you mean 'dare_ties'|did you mean 'dare_linear'"),
+        ("TIES", "did you mean 'ties'"),
+        ("xyz", "there is no such method: `streammerge methods` lists them, not 'xyz'"),
+        ("aim", "it is a post-step of any method: --aim"),
+    ],
+)
+def test_an_unknown_method_names_the_nearest_and_not_all(name: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words) as caught:
+        make_recipe(PAIR | {"method": name})
+    assert len(str(caught.value)) < 100

@@ -76,7 +76,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
         if key in grid:
             raise RecipeError(f"--set {text}: {key} is given twice: put all its values into one --set")
         try:
-            grid[key] = parse_yaml(f"[{values}]", _MOST_VALUES)
+            grid[key] = parse_yaml(f"[{values}]", _MOST_VALUES, place=False)
         except ValueError as error:
             raise RecipeError(f"--set {text}: {error}") from None
     return grid
