@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
@@ -14,18 +14,29 @@ from streammerge.calibration.store import CalibrationSettings
 from streammerge.errors import RecipeError
 from streammerge.fisher import DEFAULT_SHARD_BYTES
 from streammerge.fisher.store import FisherSettings
+from streammerge.mergekit_names import OF_RECIPE, of_parameter
 from streammerge.methods import METHODS
 from streammerge.methods.aim import Aim
 from streammerge.methods.api import Method, ModelFacts
-from streammerge.schema import Strict, build, suggest
+from streammerge.schema import Hint, Strict, build, suggest
 from streammerge.units import parse_size
 from streammerge.yaml_text import parse_yaml
 
 DEFAULT_METHOD = "fim_ties"
 
 
+# What is a parameter of some method, and stands where a recipe has none.
+_OF_METHODS = {
+    key: Hint("it is a parameter of a method: put it under 'parameters'")
+    for method in METHODS.values()
+    for key in (*method.Parameters.model_fields, *method.Expert.model_fields)
+}
+
+
 class ExpertSpec(Strict):
     """One fine-tuned model and the parameters that are its own."""
+
+    hints: ClassVar = {**_OF_METHODS, **OF_RECIPE}
 
     model: str = Field(min_length=1, description="folder, org/name[@revision], or hf://org/name[@revision]")
     parameters: dict[str, Any] = Field(default_factory=dict, description="per-model parameters, e.g. coefficient")
@@ -33,6 +44,8 @@ class ExpertSpec(Strict):
 
 class Recipe(Strict):
     """A merge job. Everything the output's bytes depend on, besides the input bytes, is in here."""
+
+    hints: ClassVar = {**_OF_METHODS, **OF_RECIPE}
 
     base: str = Field(min_length=1, description="base model: folder, org/name[@revision], or hf://org/name[@revision]")
     models: list[ExpertSpec] = Field(min_length=1, description="fine-tuned models")
@@ -162,10 +175,14 @@ def resolve_method(recipe: Recipe, parameter_count: int) -> Resolved:
     unknown = [key for key in own if key not in cls.Parameters.model_fields]
     if unknown:
         known = [*cls.Parameters.model_fields, *cls.Expert.model_fields]
-        raise RecipeError(f"{what} has no parameter {unknown[0]!r}: {suggest(unknown[0], known)}")
+        hint = of_parameter(unknown[0], known) or suggest(unknown[0], known)
+        raise RecipeError(f"{what} has no parameter {unknown[0]!r}: {hint}")
     parameters = build(cls.Parameters, own, what)
     experts = []
     for index, spec in enumerate(recipe.models):
+        for key in spec.parameters:
+            if key not in cls.Expert.model_fields and (known_as := of_parameter(key, cls.Expert.model_fields)):
+                raise RecipeError(f"{what}, model {spec.model}: there is no {key!r}: {known_as}")
         values = {key: _for_expert(key, value, index, recipe.models, what) for key, value in shared.items()}
         experts.append(build(cls.Expert, values | spec.parameters, f"{what}, model {spec.model}"))
     facts = ModelFacts(parameter_count, tuple(spec.model for spec in recipe.models), recipe.calibration.rows)

@@ -3,7 +3,7 @@
 import difflib
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
@@ -12,8 +12,21 @@ from streammerge.errors import RecipeError
 from streammerge.names import path_as_text, unsafe_name
 
 
+class Hint(NamedTuple):
+    """What to say of a key that there is not, and the page that says more."""
+
+    text: str
+    page: str = ""
+
+
 class Strict(BaseModel):
-    """Base of everything read from a recipe, a command line or one of our JSON files."""
+    """Base of everything read from a recipe, a command line or one of our JSON files.
+
+    Attributes:
+        hints: what to say of some keys that there are not, in place of the one most like it.
+    """
+
+    hints: ClassVar[Mapping[str, Hint]] = {}
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -94,12 +107,16 @@ def build(model: type[Model], values: Mapping[str, Any], what: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:
+        pages: list[str] = []
         problems: dict[tuple[str, str], list[str]] = {}  # a place and its value -> what each form of a union says
         for item in error.errors(include_url=False):
             place, model_there = _place(model, item["loc"])
             if item["type"] == "extra_forbidden":
-                known = suggest(str(item["loc"][-1]), model_there.model_fields)
-                problems[f"there is no {place!r}: {known}", ""] = []
+                key = str(item["loc"][-1])
+                hint = model_there.hints.get(key) if issubclass(model_there, Strict) else None
+                hint = hint or Hint(suggest(key, model_there.model_fields))
+                pages += [hint.page] if hint.page else []
+                problems[f"there is no {place!r}: {hint.text}", ""] = []
             elif item["type"] == "missing":
                 problems[f"{place} is missing", ""] = []
             else:
@@ -109,6 +126,7 @@ def build(model: type[Model], values: Mapping[str, Any], what: str) -> Model:
             f"{place}: {_either([*dict.fromkeys(told)])}, not {value}" if told else place
             for (place, value), told in problems.items()
         ]
+        lines += [f"see {page}" for page in dict.fromkeys(pages)]
         raise RecipeError(f"{what}: {'; '.join(lines)}") from None
 
 

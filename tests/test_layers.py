@@ -123,6 +123,7 @@ ORDER = [
     "methods.fim",
     "methods",
     "docstrings",
+    "mergekit_names",
     "recipe",
     "catalogue",
     "budget",
