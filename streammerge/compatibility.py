@@ -87,6 +87,23 @@ def match_experts(
     return matches
 
 
+def same_model_notes(base: Checkpoint, experts: Sequence[Checkpoint]) -> list[str]:
+    """A note for each fine-tuned model that is the base or one given before, by its folder or commit alone."""
+    found = []
+    for number, expert in enumerate(experts):
+        if _is_same(base, expert):
+            found.append(f"{expert.id}: is the base itself: its task vector is 0")
+        elif any(_is_same(other, expert) for other in experts[:number]):
+            found.append(f"{expert.id}: is given more than once, and counts each time")
+    return found
+
+
+def _is_same(one: Checkpoint, other: Checkpoint) -> bool:
+    if one.folder is not None and other.folder is not None:
+        return one.folder.resolve() == other.folder.resolve()
+    return one.revision is not None and (one.id, one.revision) == (other.id, other.revision)
+
+
 def _config_mismatches(base: Checkpoint, expert: Checkpoint) -> list[str]:
     found = []
     for key in _STRUCTURE:

@@ -15,7 +15,7 @@ from streammerge.checkpoints.checkpoint import CARD_FILE, Checkpoint, block_inde
 from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.layout import Shard, plan_shards
 from streammerge.checkpoints.locate import open_model
-from streammerge.compatibility import Match, match_experts, refuse_quantised
+from streammerge.compatibility import Match, match_experts, refuse_quantised, same_model_notes
 from streammerge.errors import MemoryBudgetError, RecipeError
 from streammerge.fisher import FisherPlacement, place
 from streammerge.fisher.placement import IMPORT_BYTES as WITH_TRANSFORMERS
@@ -320,6 +320,7 @@ def plan(
                 fishers.append(open_fisher(Path(folder), model, recipe.fisher, needed))
                 stack.enter_context(fishers[-1][0])
         notes = [*(note for match in matches for note in match.notes), *tokenizer_notes(base, experts)]
+        notes += same_model_notes(base, experts)
         code = [name for name in base.side_files() if name.endswith(".py")]  # refuses what must not be copied
         if code:
             notes.append(f"copied, never run: {', '.join(code)}: code that model {base.id} brings")

@@ -1,13 +1,16 @@
 """Which differences between base and fine-tune are fine, noted, or refused."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import EMBEDDING, HEAD, MATRIX, Models, Run, edit, edit_config, put, tensors
 
+import streammerge
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.compatibility import Match, match_experts, refuse_quantised
 from streammerge.errors import CheckpointError, IncompatibleCheckpointsError
@@ -185,3 +188,39 @@ def test_ordinary_names_are_not_taken_for_quantised_ones(models: Models, name: s
     edit_config(models.base, quantization_config=None)
     with Checkpoint.open(models.base) as base:
         refuse_quantised(base)
+
+
+# --- the same model more than once --------------------------------------------------------------------------------
+
+
+def noted(base: Path, *experts: Path) -> list[str]:
+    recipe = {"base": str(base), "models": [str(expert) for expert in experts], "method": "linear"}
+    with streammerge.plan(recipe) as planned:
+        return planned.notes
+
+
+def test_a_model_that_is_the_base_or_given_before_is_noted(models: Models, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(models.ft)
+    other = models.base.parent / "ft" / ".." / "base"
+    is_base = f"{other}: is the base itself: its task vector is 0"
+    twice = "is given more than once, and counts each time"
+    assert noted(models.base, models.ft, models.ft2) == []
+    assert noted(models.base, other) == [is_base]
+    assert noted(models.base, models.ft, link, models.ft2, models.ft) == [f"{link}: {twice}", f"{models.ft}: {twice}"]
+    assert noted(models.base, other, other) == [is_base, is_base]
+
+
+def test_a_copy_is_another_model(models: Models, tmp_path: Path) -> None:
+    """Decided by the folder: no data is read for it."""
+    assert noted(models.base, Path(copytree(models.base, tmp_path / "copy"))) == []
+
+
+def test_the_base_itself_is_told_by_plan_merge_and_manifest(models: Models, tmp_path: Path, run: Run) -> None:
+    text = f"{models.base}: is the base itself: its task vector is 0"
+    pair = ("--base", models.base, "--ft", models.base, "-m", "task_arithmetic")
+    assert text in run("plan", *pair).out
+    assert f"note: {text}" in run(*pair, "--out", tmp_path / "m", "-q").out
+    assert json.loads((tmp_path / "m" / "streammerge.json").read_text())["notes"] == [text]
+    for name, values in tensors(tmp_path / "m").items():
+        assert torch.equal(values, tensors(models.base)[name])

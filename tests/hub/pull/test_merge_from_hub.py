@@ -257,3 +257,11 @@ def test_models_in_xet(call: Run, hub: Hub, pair: Pair, merged: Path, tmp_path: 
         assert hub.traffic()[endpoint].requests > 5
         assert ("xorb-download" in hub.traffic()) is (mode == "cache")
         assert_same(tmp_path / mode, merged)
+
+
+def test_the_base_itself_under_another_name_is_noted(call: Run) -> None:
+    """By its commit; that of the fine-tune is another."""
+    result = call(
+        "plan", "--base", "org/base", "--ft", "hf://org/base@main", "--ft", "org/ft", "--json", "-m", "linear"
+    )
+    assert json.loads(result.out)["notes"] == ["org/base: is the base itself: its task vector is 0"]
