@@ -14,7 +14,9 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-GET_IT = "pip install 'streammerge[plot]'"
+from streammerge.extras import get_it
+
+GET_IT = get_it("plot")
 DPI = 150
 _MARKERS, _DASHES = "os^Dv", ("-", "--", ":", "-.")
 _INKS = {"#000000": "--ink", "#ffffff": "--paper", "#d9d9d9": "--grid", "#666666": "--soft"}  # 0.85 and 0.4

@@ -70,7 +70,7 @@ _IN_WORDS = {
     "bool_parsing": "must be true or false",
     "bool_type": "must be true or false",
     "string_type": "must be a text",
-    "string_unicode": "must be a text",
+    "string_unicode": "must be a text in Unicode",
     "path_type": "must be a path",
     "list_type": "must be a list",
     "tuple_type": "must be a list",

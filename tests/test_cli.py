@@ -456,7 +456,7 @@ def test_folders_whose_names_are_not_unicode(models: Models, saved_fisher: Path,
     copytree(models.ft, weird)
     result = run("--base", models.base, "--ft", weird, "--out", tmp_path / "out")
     assert (result.code, result.err.count("\n")) == (1, 1)
-    assert "models.0.model: " in result.err and "unicode" in result.err
+    assert "models.0.model: " in result.err and "must be a text in Unicode" in result.err
     assert not (tmp_path / "out").exists()
     fisher, out = weird / "fisher", weird / "out"
     copytree(saved_fisher, fisher)

@@ -15,6 +15,7 @@ PACKAGE = Path(streammerge.__file__).parent
 ORDER = [
     "signals",
     "_version",
+    "extras",
     "text",
     "errors",
     "names",

@@ -45,8 +45,8 @@ def eval(
 ) -> None:
     """Measure accuracy and length of a model's answers on the papers' six sets of mathematical problems.
 
-    Needs lm-evaluation-harness and math-verify: pip install 'streammerge\\[eval]'. A run that was stopped goes on with
-    the tasks that are not in --out.
+    Needs lm-evaluation-harness and math-verify: pip install -c constraints.txt '.\\[eval]' in the checkout. A run that
+    was stopped goes on with the tasks that are not in --out.
 
     Example: streammerge eval merged --tasks gsm8k,math500 --limit 100 --out results/merged
 

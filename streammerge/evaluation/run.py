@@ -19,6 +19,7 @@ from streammerge.evaluation.scores import averages, task_scores
 from streammerge.evaluation.settings import EvaluationSettings
 from streammerge.evaluation.store import check_folder, model_identity, read_results, require_same, write_result
 from streammerge.evaluation.task_files import TaskFile, read_task
+from streammerge.extras import get_it
 from streammerge.fisher.placement import default_device
 from streammerge.host import memory_errors
 from streammerge.names import Named
@@ -56,9 +57,7 @@ class How:
         """
         missing = [name for name in _NEEDED if find_spec(name) is None]
         if missing:
-            raise RecipeError(
-                f"eval needs {' and '.join(missing)}, not installed here: pip install 'streammerge[eval]'"
-            )
+            raise RecipeError(f"eval needs {' and '.join(missing)}, not installed here: {get_it('eval')}")
         if threading.current_thread() is not threading.main_thread():
             raise RecipeError("eval: call it from the main thread: the time of grading is bounded by a signal")
         if self.batch_size < 1:

@@ -277,7 +277,10 @@ def test_a_figure_without_matplotlib(models: Models, tmp_path: Path, run: Run, m
     monkeypatch.setattr(plot, "can_draw", lambda: False)
     result = collapse(models, run, "--plot", tmp_path / "c.png")
     assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
-    assert "--plot needs matplotlib, which is not installed: pip install 'streammerge[plot]'" in result.err
+    assert (
+        "--plot needs matplotlib, which is not installed: pip install -c constraints.txt '.[plot]' in the checkout"
+        in result.err
+    )
 
 
 @pytest.mark.usefixtures("unread")

@@ -291,7 +291,8 @@ def test_a_model_on_the_hub(
 def test_without_the_extra(sevens: Path, data: Path, run: Run, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setattr(run_module, "find_spec", lambda name: None if name == missing else name)
     result = run("eval", sevens, *TASKS, "--data", data)
-    expected = f"streammerge: error: eval needs {missing}, not installed here: pip install 'streammerge[eval]'\n"
+    get_it = "pip install -c constraints.txt '.[eval]' in the checkout"
+    expected = f"streammerge: error: eval needs {missing}, not installed here: {get_it}\n"
     assert (result.code, result.err) == (1, expected)
 
 

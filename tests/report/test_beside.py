@@ -126,7 +126,10 @@ def test_without_matplotlib_one_note_says_how_to_get_it(
     pair = ("--base", models.base, "--ft", models.ft, "-m", "ties", "-q")
     result = run(*pair, "--out", tmp_path / "out")
     assert result.code == 0
-    assert result.err == "note: no report.html, which takes matplotlib: pip install 'streammerge[plot]'\n"
+    assert (
+        result.err
+        == "note: no report.html, which takes matplotlib: pip install -c constraints.txt '.[plot]' in the checkout\n"
+    )
     assert REPORT_FILE not in content(tmp_path / "out")
     assert run(*pair, "--out", tmp_path / "other", "--no-report").err == ""
 
