@@ -35,6 +35,8 @@ ORDER = [
     "checkpoints.source",
     "checkpoints.files",
     "checkpoints.side_files",
+    "checkpoints.weight_files",
+    "checkpoints.fingerprint",
     "hub.xet",
     "hub.login",
     "hub.tries",

@@ -17,7 +17,7 @@ from threading import Lock
 from typing import Any, Self
 
 from streammerge.checkpoints import disk
-from streammerge.checkpoints.checkpoint import INDEX_FILE, MANIFEST_FILE, SINGLE_FILE
+from streammerge.checkpoints.checkpoint import MANIFEST_FILE
 from streammerge.checkpoints.checksum import add, part_sum
 from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.identity import differences
@@ -26,6 +26,7 @@ from streammerge.checkpoints.layout import Shard, index_files
 from streammerge.checkpoints.output import WORK_DIR, files_of_manifest, transfer_errors
 from streammerge.checkpoints.resume import find_leftover
 from streammerge.checkpoints.shard_file import ShardFile
+from streammerge.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
 from streammerge.checkpoints.work import WorkFolder
 from streammerge.errors import OutputExistsError, TransferError
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from streammerge._version import __version__
-from streammerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE
+from streammerge.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
 from streammerge.errors import OutputExistsError, TransferError
 from streammerge.hub.files import PushedFile
 from streammerge.hub.operations import file_operation, is_ignored, is_uploaded, limit_waiting, without_bars

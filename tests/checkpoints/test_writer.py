@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file
 
 from streammerge.checkpoints import disk
-from streammerge.checkpoints.checkpoint import INDEX_FILE, MANIFEST_FILE, SINGLE_FILE, Checkpoint, torch_dtype
+from streammerge.checkpoints.checkpoint import MANIFEST_FILE, Checkpoint, torch_dtype
 from streammerge.checkpoints.header import DTYPES
 from streammerge.checkpoints.layout import Shard, plan_shards
 from streammerge.checkpoints.output import WORK_DIR, check_output
+from streammerge.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.errors import CheckpointError, HeaderError, OutputExistsError, StreammergeError, TransferError
 

@@ -17,7 +17,8 @@ from interrupted import Ended, Processes
 from tiny_models import content
 from transformers import AutoModelForCausalLM
 
-from streammerge.checkpoints.checkpoint import INDEX_FILE, REPORT_FILE, SINGLE_FILE, Checkpoint
+from streammerge.checkpoints.checkpoint import REPORT_FILE, Checkpoint
+from streammerge.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
 from streammerge.errors import CheckpointError
 
 WORK = ".streammerge"

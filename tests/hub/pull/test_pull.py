@@ -12,8 +12,9 @@ import torch
 from hub.pull.conftest import TOKEN
 from huggingface_hub import constants
 
-from streammerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint
+from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.checkpoints.locate import open_model
+from streammerge.checkpoints.weight_files import INDEX_FILE
 from streammerge.errors import CheckpointError, RecipeError, TransferError
 from streammerge.hub import downloads, tries
 from streammerge.hub.pull import HubMode
