@@ -58,6 +58,7 @@ ORDER = [
     "checkpoints.shard_file",
     "checkpoints.work",
     "checkpoints.resume",
+    "checkpoints.placing",
     "checkpoints.writer",
     "checkpoints.room",
     "checkpoints.locate",
