@@ -127,6 +127,7 @@ ORDER = [
     "docstrings",
     "recipe",
     "catalogue",
+    "actions",
     "budget",
     "travel",
     "plan",
