@@ -42,7 +42,7 @@ def test_options(monkeypatch: pytest.MonkeyPatch) -> None:
     class Measured(TaskArithmetic):
         calibration = "the inputs of every matrix"
 
-    monkeypatch.setitem(METHODS, "measured", Measured)  # type: ignore[arg-type]
+    monkeypatch.setitem(METHODS, "measured", Measured)
     models = ["--base", "m/base", "--ft", "m/ft"]
     assert options("ties", Path("m")) == [*models, "--method", "ties"]
     assert options("model_stock", Path("m")) == [*models, "--ft", "m/ft2", "--method", "model_stock"]

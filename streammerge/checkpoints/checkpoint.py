@@ -30,10 +30,10 @@ def torch_dtype(name: str) -> dtype:
     """The torch dtype of a safetensors dtype name; raises CheckpointError where torch has none."""
     import torch
 
-    found = getattr(torch, DTYPES[name].torch_name or "", None)
+    found: dtype | None = getattr(torch, DTYPES[name].torch_name or "", None)
     if found is None:
         raise CheckpointError(f"torch {torch.__version__} has no dtype for {name}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 class Checkpoint:

@@ -21,12 +21,15 @@ class Files(ABC):
     Attributes:
         id: how the user named the model.
         folder: the local folder they lie in; None where they come from the Hub.
-        transferred: bytes that have come over the network so far.
     """
 
     id: str
     folder: Path | None = None
-    transferred: int = 0
+
+    @property
+    def transferred(self) -> int:
+        """Bytes that have come over the network so far."""
+        return 0
 
     def where(self, name: str) -> str:
         """How messages name a file."""

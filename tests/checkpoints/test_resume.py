@@ -5,6 +5,7 @@ Run as a script, this file is the process that gets killed.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -377,7 +378,7 @@ def child(out: Path, calls: int) -> subprocess.Popen[str]:
     command = [sys.executable, __file__, str(out), str(calls)]
     path = os.pathsep.join([str(Path(streammerge.__file__).parents[1]), *filter(None, sys.path)])
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, **pipes)  # type: ignore[call-overload]
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, **pipes)
 
 
 def run_and_die(out: Path, calls: int) -> None:
@@ -632,8 +633,6 @@ def test_no_two_writers_get_in_while_folders_come_and_go(out: Path) -> None:
 def test_a_file_system_without_locks_is_written_all_the_same(
     out: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    fcntl = pytest.importorskip("fcntl")
-
     def refuse(fd: int, operation: int) -> None:
         raise OSError(code, os.strerror(code))
 

@@ -104,7 +104,6 @@ def test_keys_do_not_run_together() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_same_on_a_gpu() -> None:
     assert torch.equal(uniform(KEY, 2**40 + 1, (300, 7), "cuda").cpu(), uniform(KEY, 2**40 + 1, (300, 7)))
     vector = torch.randn(50, 301, generator=torch.Generator().manual_seed(0)).bfloat16().float()

@@ -295,7 +295,7 @@ def test_importance_granularity_and_theta(importance: str, granularity: str, the
     own = {name: alpha for names, alpha in zip(scored, alphas, strict=True) for name in names}
 
     def coefficient(name: str) -> float:
-        names = groups[block_of(name)]  # type: ignore[index]
+        names = groups[block_of(name)]
         return own.get(name, sum(own[n] for n in names) / len(names))  # biases and norms: the mean of their block
 
     merged = merge("fim_ta", models, importance=importance, granularity=granularity, theta=theta)

@@ -280,4 +280,4 @@ def test_what_is_no_hub(opened: Open, hub: Hub, monkeypatch: pytest.MonkeyPatch)
 def test_a_mode_that_there_is_not(pair: Pair) -> None:
     for reference in ("org/base", str(pair[0])):
         with pytest.raises(RecipeError, match="--hub-mode: there is no 'steam': did you mean 'stream'"):
-            open_model(reference, "steam")  # type: ignore[arg-type]
+            open_model(reference, "steam")
