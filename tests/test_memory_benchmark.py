@@ -40,7 +40,7 @@ def test_models_of_another_script_are_left_alone(tmp_path: Path) -> None:
 
 def test_options(monkeypatch: pytest.MonkeyPatch) -> None:
     class Measured(TaskArithmetic):
-        calibration = "the inputs of every matrix"
+        calibration = ("inputs",)
 
     monkeypatch.setitem(METHODS, "measured", Measured)
     models = ["--base", "m/base", "--ft", "m/ft"]
