@@ -37,7 +37,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         before = self._count
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML's
         if not isinstance(event, yaml.AliasEvent) and getattr(event, "tag", None) is not None:
             raise yaml.YAMLError(f"the tag {event.tag!r}: plain values need none")
         self._depth += 1

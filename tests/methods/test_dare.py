@@ -17,7 +17,7 @@ DRAWS = torch.tensor([0.1, 0.49, 0.5, 0.9])
 
 
 def merged(name: str, models: Models, **parameters: Any) -> list[float]:
-    return merge(name, models, **parameters).tensors["w"].tolist()  # type: ignore[no-any-return]
+    return merge(name, models, **parameters).tensors["w"].tolist()
 
 
 @pytest.fixture
