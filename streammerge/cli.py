@@ -14,7 +14,7 @@ import streammerge
 from streammerge import signals
 from streammerge.commands.demo import demo
 from streammerge.commands.diagnose import diagnose
-from streammerge.commands.eval import eval  # noqa: A004
+from streammerge.commands.eval import eval
 from streammerge.commands.fisher import fisher
 from streammerge.commands.merge import merge, plan
 from streammerge.commands.methods import methods
@@ -88,7 +88,7 @@ def _register(command: Callable[..., None], *extra: inspect.Parameter, like: Any
     debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
     parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*named, *extra, debug)]
     run = _guarded(command)
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     app.command(command.__name__)(run)
 

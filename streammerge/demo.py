@@ -13,10 +13,15 @@ from streammerge.errors import OutputExistsError, TransferError
 from streammerge.fisher import fisher
 from streammerge.merge import merge
 from streammerge.report import block_rows, table
+from streammerge.sweep.text import pareto_front
 
 MARKER = ".streammerge-demo"
 METHODS = ("linear", "task_arithmetic", "ties", "karcher", "fim_ta", "fim_ties")
 OURS = "fim_ties"
+COLUMNS = """\
+alpha: how much of the long model's change goes into the block; the higher the score, the less
+score: logarithm of Fisher mean times mean square of the change
+Fisher mean: how much the base's loss depends on the block's weights; kept: share of the change left after trimming"""
 
 
 def run(
@@ -57,7 +62,7 @@ def run(
     print(table(*score_rows(scores)), end="\n\n")
     if blocks is not None:
         print("\n".join(verdict(scores)), end="\n\n")
-        print(f"What {OURS} did, decoder block by decoder block:\n\n{table(*block_rows(blocks))}\n")
+        print(f"What {OURS} did, decoder block by decoder block:\n\n{table(*block_rows(blocks))}\n\n{COLUMNS}\n")
     print(f"{time.perf_counter() - started:.0f} seconds. The merges and the Fisher are in {out}.")
     print(f"The pair is in {base.parent}.")
     return scores
@@ -75,19 +80,26 @@ def score_rows(scores: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list
 
 
 def verdict(scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What the scores say of FIM-TIES, for good or ill: against the long model, and against every other merge."""
-    ours, long = scores[OURS], scores["long"]
+    """What the scores say of FIM-TIES, for good or ill, and which merge to take."""
+    long = scores["long"]
     merges = {name: score for name, score in scores.items() if name not in ("base", "long")}
-    error = 50 / long["problems"] ** 0.5
-    told = [f"{OURS} {_beside(ours, long)}."]
-    if 100 * (long["accuracy"] - ours["accuracy"]) > 2 * error:
-        most = max(merges, key=lambda name: merges[name]["accuracy"])
-        told.append(f"It does not keep the accuracy here. {most} keeps most: {_beside(merges[most], long)}.")
-    if better := [name for name, score in merges.items() if _beats(score, ours)]:
-        told.append(f"It does not win here; at least as accurate and no longer: {', '.join(better)}.")
-    else:
-        told.append("No other merge is at least as accurate and no longer.")
-    told.append(f"With {long['problems']} problems, an accuracy is uncertain by up to {error:.1f} points.")
+    error = 0.5 / long["problems"] ** 0.5
+    told = [f"{OURS} {_beside(merges[OURS], long)}."]
+    if long["accuracy"] - merges[OURS]["accuracy"] > 2 * error:
+        told.append("It does not keep the accuracy here.")
+    best = max(score["accuracy"] for score in merges.values())
+    good = [name for name, score in merges.items() if score["accuracy"] >= best - 2 * error]
+    shortest = min(good, key=lambda name: merges[name]["mean_length"])
+    told.append(
+        f"Of the most accurate merges, within {200 * error:.1f} points, {shortest} is the shortest: "
+        f"{_beside(merges[shortest], long)}."
+    )
+    front = pareto_front([(score["accuracy"], score["mean_length"]) for score in merges.values()])
+    names = ", ".join(name for name, first in zip(merges, front, strict=True) if first)
+    told.append(f"No other merge is at least as accurate and no longer than each of these: {names}.")
+    told.append(
+        f"With {long['problems']} problems, the standard error of an accuracy is at most {100 * error:.1f} points."
+    )
     return told
 
 
@@ -95,12 +107,6 @@ def _beside(score: Mapping[str, Any], long: Mapping[str, Any]) -> str:
     points = 100 * (score["accuracy"] - long["accuracy"])
     length = 100 * (score["mean_length"] / long["mean_length"] - 1) if long["mean_length"] else 0.0
     return f"beside the long model: accuracy {points:+.1f} points, length {length:+.0f}%"
-
-
-def _beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether the first is as good in both ways, and better in one."""
-    mine, its = (one["accuracy"], -one["mean_length"]), (other["accuracy"], -other["mean_length"])
-    return mine != its and all(a >= b for a, b in zip(mine, its, strict=True))
 
 
 def _claim(out: Path, methods: Sequence[str]) -> None:

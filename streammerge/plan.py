@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
+from streammerge.actions import Action, action_on, surveyed, units_of, with_fisher
 from streammerge.budget import DEFAULT_MAX_RAM, IMPORT_BYTES, Budget, make_budget, unit_bytes
 from streammerge.calibration import CalibrationCost, calibration_cost
 from streammerge.calibration.store import Calibrated, check_texts
@@ -28,9 +29,6 @@ from streammerge.recipe import Recipe, RecipeLike, Resolved, make_recipe, resolv
 from streammerge.tokenizers import tokenizer_notes
 from streammerge.travel import Travel
 from streammerge.units import parse_size
-
-# What is done with a tensor: merged, copied from the base, or copied after a check that all inputs agree.
-Action = Literal["merge", "copy", "same"]
 
 
 @dataclass
@@ -93,7 +91,7 @@ class MergePlan:
     @property
     def with_fisher(self) -> list[str]:
         """The tensors that a Fisher must hold."""
-        return _with_fisher(self.contexts, self.actions, self.method)
+        return with_fisher(self.contexts, self.actions, self.method)
 
     @property
     def contexts(self) -> list[TensorContext]:
@@ -102,7 +100,7 @@ class MergePlan:
     @property
     def surveyed(self) -> list[TensorContext]:
         """The tensors the method looks at before it merges anything."""
-        return _surveyed(self.contexts, self.actions, self.method)
+        return surveyed(self.contexts, self.actions, self.method)
 
     def passes(self, unit: Unit) -> int:
         """How often the unit is gone through at most, the writing one included."""
@@ -312,10 +310,10 @@ def plan(
             for shard in shards
             for info in shard.tensors
         ]
-        actions = {tensor.name: _action(method, tensor, base, matches) for tensor in contexts}
+        actions = {tensor.name: action_on(tensor, method, base, matches) for tensor in contexts}
         fishers = []
         if recipe.fisher_from:
-            needed = _with_fisher(contexts, actions, method)
+            needed = with_fisher(contexts, actions, method)
             for folder, model in zip(recipe.fisher_from, [base, *experts], strict=False):
                 fishers.append(open_fisher(Path(folder), model, recipe.fisher, needed))
                 stack.enter_context(fishers[-1][0])
@@ -324,7 +322,7 @@ def plan(
         code = [name for name in base.side_files() if name.endswith(".py")]  # refuses what must not be copied
         if code:
             notes.append(f"copied, never run: {', '.join(code)}: code that model {base.id} brings")
-        units = _units(contexts, actions, method)
+        units = units_of(contexts, actions, method)
         unbounded = Budget(1, 0, 0)
         job = MergePlan(recipe, base, experts, matches, fishers, resolved, actions, units, shards, unbounded, notes)
         held = {t.name: method.workspace(t) for t in contexts if actions[t.name] == "merge"}
@@ -350,29 +348,3 @@ def _refuse_useless_fisher(recipe: Recipe, method: Method) -> None:
             f"method {recipe.method} with these models takes {wanted} Fisher(s), {given} given: --fisher once for the "
             + ("base and once for each fine-tuned model, in order" if method.fisher_of_experts else "base model")
         )
-
-
-def _with_fisher(contexts: list[TensorContext], actions: Mapping[str, Action], method: Method) -> list[str]:
-    surveyed = {tensor.name for tensor in _surveyed(contexts, actions, method)} if method.needs_fisher else set()
-    merged = [tensor for tensor in contexts if actions[tensor.name] == "merge"]
-    return [tensor.name for tensor in merged if tensor.name in surveyed or method.reads_fisher(tensor)]
-
-
-def _surveyed(contexts: list[TensorContext], actions: Mapping[str, Action], method: Method) -> list[TensorContext]:
-    return [tensor for tensor in contexts if actions[tensor.name] == "merge" and method.survey(tensor) is not None]
-
-
-def _action(method: Method, tensor: TensorContext, base: Checkpoint, matches: list[Match]) -> Action:
-    everywhere = all(tensor.name in match.tensors for match in matches)
-    if not method.merges(tensor) or tensor.numel == 0 or not everywhere:
-        return "copy"
-    return "merge" if base.tensors[tensor.name].floating else "same"
-
-
-def _units(contexts: list[TensorContext], actions: Mapping[str, Action], method: Method) -> list[Unit]:
-    """The units in the order of their first tensor."""
-    groups: dict[str, list[TensorContext]] = {}
-    for tensor in contexts:
-        key = method.unit_of(tensor) if actions[tensor.name] == "merge" else tensor.name
-        groups.setdefault(key, []).append(tensor)
-    return [Unit(key, tuple(tensors)) for key, tensors in groups.items()]

@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         before = self._count
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML's
         if not isinstance(event, yaml.AliasEvent) and getattr(event, "tag", None) is not None:
             raise _flaw(f"the tag {event.tag!r}: plain values need none", event.start_mark)
         self._depth += 1

@@ -14,12 +14,18 @@ from pathlib import Path
 from shutil import copytree
 
 import pytest
+import torch
 from tiny_models import Models, Result, Run, save_models
 
 from streammerge.cli import main
 
 _MERGE = importlib.import_module("streammerge.merge")  # `streammerge.merge` is the function
 _REPORT = _MERGE.draw_report
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,7 +39,6 @@ def _no_reports() -> Iterator[None]:
 @pytest.fixture
 def reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Merges leave a report.html."""
-    pytest.importorskip("matplotlib")
     monkeypatch.setattr(_MERGE, "draw_report", _REPORT)
 
 

@@ -102,7 +102,7 @@ class Processes:
 
 
 def _serve() -> None:
-    import streammerge.engine  # noqa: F401 - imported before the forks
+    importlib.import_module("streammerge.engine")  # before the forks
     from streammerge.cli import main
 
     with redirect_stdout(StringIO()):  # much of transformers is imported by the first use
@@ -132,7 +132,7 @@ def _child(job: dict[str, Any]) -> None:
         signals.GRACE_SECONDS = job["grace"] or signals.GRACE_SECONDS
         writer.SYNC_SECONDS = job["sync"]
         if not job["report"]:
-            importlib.import_module("streammerge.merge").draw_report = lambda *args: {}  # type: ignore[attr-defined]
+            importlib.import_module("streammerge.merge").draw_report = lambda *args: {}
         _watch(_Steps(job))
         code = main(job["arguments"])
         sys.stdout.flush()

@@ -28,7 +28,7 @@ def naive_fisher(model: nn.Module, samples: int = 8, length: int = 64, seed: int
     """
     model.eval()
     generator = torch.Generator().manual_seed(seed)
-    vocabulary: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
+    vocabulary: int = model.config.vocab_size
     ids = torch.randint(0, vocabulary, (samples, length), generator=generator, dtype=torch.int64)
     device = next(model.parameters()).device
     fisher = {name: torch.zeros(p.shape, dtype=torch.float32, device=device) for name, p in model.named_parameters()}
@@ -96,7 +96,7 @@ class FimResult:
 
     def alpha(self, expert: int, name: str) -> float:
         """The block coefficient of the tensor (without the gate factor)."""
-        return self.alphas[expert][self.blocks.index(block_of(name))]  # type: ignore[arg-type]
+        return self.alphas[expert][self.blocks.index(block_of(name))]
 
 
 def naive_fim(

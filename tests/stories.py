@@ -9,12 +9,16 @@ import itertools
 import struct
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "stories260K.bin"  # ../shared of the repository
 VOCABULARY = DATA.with_name("tok512.bin")
+needed = pytest.mark.skipif(
+    not (DATA.exists() and VOCABULARY.exists()), reason=f"needs {DATA.name} and {VOCABULARY.name} in ../shared/data"
+)
 BOS, EOS, FIRST_BYTE = 1, 2, 3  # token ids; FIRST_BYTE + b is the raw byte b
 
 TEXT_A = """\
@@ -62,11 +66,6 @@ we shall sail north.
 
 
 # ---- Weights ----------------------------------------------------------------------------------------------------
-
-
-def available() -> bool:
-    """Are the weights and the vocabulary here?"""
-    return DATA.exists() and VOCABULARY.exists()
 
 
 def load_stories(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:

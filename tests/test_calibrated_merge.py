@@ -74,7 +74,7 @@ def test_regmean(family: Make, tmp_path: Path, run: Run) -> None:
     for name in seen[0]:
         inputs = [of_model[name].flatten(0, -2) for of_model in seen]
         expected[f"{name}.weight"] = naive_regmean([s[f"{name}.weight"] for s in states], inputs, [1, 1, 1], 0.9)
-    close(tensors(tmp_path / "out"), expected, 1e-4)  # type: ignore[arg-type]
+    close(tensors(tmp_path / "out"), expected, 1e-4)
 
 
 def test_aim_after_another_method(family: Make, tmp_path: Path, run: Run) -> None:

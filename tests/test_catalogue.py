@@ -129,7 +129,7 @@ def test_what_markdown_would_take_for_markup(monkeypatch: pytest.MonkeyPatch) ->
 
         summary = "p | *q*"
 
-    monkeypatch.setitem(METHODS, "odd", Odd)  # type: ignore[arg-type]
+    monkeypatch.setitem(METHODS, "odd", Odd)
     tokens = sections()["odd"]
     read = [shown(token) for token in tokens if token.type == "inline"]
     assert "A *b* _c_ <d> [e](f) g\\*h i_j 2 * 3 < 4 |k| &lt; *l* | _m_ https://example.org/a_b." in read
@@ -160,7 +160,7 @@ def test_a_method_that_measures_something_on_a_text(monkeypatch: pytest.MonkeyPa
             return ("channels", "mutual_information")
 
     Measured.__doc__ = TaskArithmetic.__doc__
-    monkeypatch.setitem(METHODS, "measured", Measured)  # type: ignore[arg-type]
+    monkeypatch.setitem(METHODS, "measured", Measured)
     cost = catalogue.describe("measured").cost
     assert cost.before == ("calibration",)
     assert cost.sentence().endswith(" Needs a calibration text, to measure channels and mutual information.")

@@ -34,7 +34,7 @@ import streammerge
 from streammerge import cli
 from streammerge.methods import METHODS
 
-COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands
 Merged = Callable[..., Path]
 
 

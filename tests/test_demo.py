@@ -72,19 +72,21 @@ def scored(**models: tuple[float, float]) -> dict[str, dict[str, Any]]:
 
 def test_the_verdict_says_who_wins() -> None:
     wins = scored(base=(0.2, 5), long=(0.9, 100), linear=(0.5, 60), fim_ties=(0.88, 60))
-    first, second, third = verdict(wins)
-    assert first == "fim_ties beside the long model: accuracy -2.0 points, length -40%."
-    assert second == "No other merge is at least as accurate and no longer."
-    assert third == "With 100 problems, an accuracy is uncertain by up to 5.0 points."
+    assert verdict(wins) == [
+        "fim_ties beside the long model: accuracy -2.0 points, length -40%.",
+        "Of the most accurate merges, within 10.0 points, fim_ties is the shortest: "
+        "beside the long model: accuracy -2.0 points, length -40%.",
+        "No other merge is at least as accurate and no longer than each of these: fim_ties.",
+        "With 100 problems, the standard error of an accuracy is at most 5.0 points.",
+    ]
 
-    merges = {"linear": (0.88, 59.0), "ties": (0.88, 60.0), "karcher": (0.9, 60.5), "fim_ties": (0.88, 60.0)}
-    loses = scored(base=(1.0, 1), long=(0.9, 100), **merges)
-    far = verdict(scored(base=(0.5, 2), long=(1.0, 100), ties=(0.93, 40), fim_ties=(0.6, 6)))
-    assert far[1] == (
-        "It does not keep the accuracy here. ties keeps most: beside the long model: accuracy -7.0 points, length -60%."
-    )
-    assert far[2] == "No other merge is at least as accurate and no longer."
-    assert verdict(loses)[1] == "It does not win here; at least as accurate and no longer: linear."
+
+def test_the_verdict_says_who_loses_and_what_to_take_instead() -> None:
+    merges = {"linear": (0.95, 99.0), "ties": (0.93, 40.0), "karcher": (0.93, 41.0), "fim_ties": (0.6, 6.0)}
+    told = verdict(scored(base=(1.0, 1), long=(1.0, 100), **merges))
+    assert told[1] == "It does not keep the accuracy here."
+    assert told[2].startswith("Of the most accurate merges, within 10.0 points, ties is the shortest: ")
+    assert told[3].endswith(": linear, ties, fim_ties.")  # karcher is as accurate as ties, and longer
 
 
 def test_the_table() -> None:

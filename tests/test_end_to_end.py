@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import streammerge
 from streammerge.checkpoints.checkpoint import Checkpoint
 
-pytestmark = pytest.mark.skipif(not stories.available(), reason=f"the real pair needs {stories.DATA.name}")
+pytestmark = stories.needed
 
 SETTINGS = {"dtype": "float32"}
 

@@ -225,7 +225,7 @@ def test_bytes_do_not_depend_on_budget_threads_or_shards(
     reference = streammerge.merge(job, tmp_path / "reference", threads=1)
     for number, options in enumerate([{"max_ram": small}, {"max_ram": 2 * small, "threads": 2}, {"threads": 3}]):
         out = tmp_path / f"out{number}"
-        result = streammerge.merge(job, out, **options)  # type: ignore[arg-type]
+        result = streammerge.merge(job, out, **options)
         assert digests(out) == digests(tmp_path / "reference")
         assert result["tensors"] == reference["tensors"]
     streammerge.merge({**job, "max_shard_bytes": 4000}, tmp_path / "shards")
@@ -249,14 +249,14 @@ def test_a_unit_that_fits_is_read_once_and_a_larger_one_once_per_pass(
 
     for budget, once in ((None, True), (least_budget(job), False)):
         options = {"max_ram": budget} if budget else {}
-        with streammerge.plan(job, threads=1, **options) as plan:  # type: ignore[arg-type]
+        with streammerge.plan(job, threads=1, **options) as plan:
             announced, size = plan.bytes_to_read(), sum(i.nbytes for t in plan.contexts for i in plan.inputs(t))
             headers = sum(next(iter(m.tensors.values())).start for m in (plan.base, *plan.experts))
             prints = 3 * 3 * 64 * len(plan.contexts)  # the fingerprints' samples, at most
         assert (announced == size) is once
         bytes_read = 0
         monkeypatch.setattr(LocalFile, "read_into", counted)
-        streammerge.merge(job, tmp_path / f"out{once}", threads=1, **options)  # type: ignore[arg-type]
+        streammerge.merge(job, tmp_path / f"out{once}", threads=1, **options)
         monkeypatch.setattr(LocalFile, "read_into", plain)
         assert bytes_read <= announced + headers + prints
         assert bytes_read >= announced * (

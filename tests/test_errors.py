@@ -57,7 +57,7 @@ def test_a_missing_tensor_is_a_key_error_without_quotes() -> None:
 
 
 def test_incompatible_checkpoints_lists_every_mismatch() -> None:
-    error = IncompatibleCheckpointsError("a and b differ:", iter(["one", "two"]))  # type: ignore[arg-type]
+    error = IncompatibleCheckpointsError("a and b differ:", iter(["one", "two"]))
     assert error.mismatches == ("one", "two")
     assert str(error) == "a and b differ:\n  - one\n  - two"
     assert isinstance(error, CheckpointError)

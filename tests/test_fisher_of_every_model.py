@@ -207,7 +207,7 @@ def test_what_plan_tells(saved_models: Models, fishers: list[Path], run: Run) ->
     pair = ("--base", saved_models.base, "--ft", saved_models.ft, "--ft", saved_models.ft2, *SETTINGS)
 
     def told(*options: object) -> dict[str, Any]:
-        return json.loads(run("plan", *pair, *options, "--json").out)  # type: ignore[no-any-return]
+        return json.loads(run("plan", *pair, *options, "--json").out)
 
     average, reused = told("-m", "fisher_average"), told("-m", "fisher_average", *given(fishers))
     once = told("-m", "fim_ties")

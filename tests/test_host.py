@@ -104,7 +104,7 @@ def test_running_out_is_one_line(allocate: object) -> None:
         pytest.raises(MemoryBudgetError, match="^the work ran out of memory: do less$"),
         memory_errors("the work", "do less"),
     ):
-        allocate()  # type: ignore[operator]
+        allocate()
 
 
 def test_running_out_on_a_gpu_is_too() -> None:

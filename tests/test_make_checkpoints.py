@@ -168,7 +168,7 @@ def test_refuses_an_output_that_holds_something(tmp_path: Path, capsys: pytest.C
 )
 def test_refuses_nonsense_before_it_writes(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        make_pair(**{"shape": "tiny", "folder": tmp_path / "out", **options})  # type: ignore[arg-type]
+        make_pair(**{"shape": "tiny", "folder": tmp_path / "out", **options})
     assert not [*tmp_path.iterdir()]
 
 

@@ -40,9 +40,9 @@ def test_models_of_another_script_are_left_alone(tmp_path: Path) -> None:
 
 def test_options(monkeypatch: pytest.MonkeyPatch) -> None:
     class Measured(TaskArithmetic):
-        calibration = "the inputs of every matrix"
+        calibration = ("inputs",)
 
-    monkeypatch.setitem(METHODS, "measured", Measured)  # type: ignore[arg-type]
+    monkeypatch.setitem(METHODS, "measured", Measured)
     models = ["--base", "m/base", "--ft", "m/ft"]
     assert options("ties", Path("m")) == [*models, "--method", "ties"]
     assert options("model_stock", Path("m")) == [*models, "--ft", "m/ft2", "--method", "model_stock"]

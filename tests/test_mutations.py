@@ -65,7 +65,7 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
         "checkpoints/test_checkpoint.py::test_a_bad_index_is_refused",
     ),
     "names in Unicode": (
-        "checkpoints/checkpoint.py",
+        "checkpoints/weight_files.py",
         "if reason := bad_tensor_name(name):",
         "if reason := None:",
         "fuzz/test_fuzz.py::test_the_corpus",
@@ -83,7 +83,7 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
         "checkpoints/test_checkpoint.py::test_a_bad_index_is_refused",
     ),
     "names in an index": (
-        "checkpoints/checkpoint.py",
+        "checkpoints/weight_files.py",
         "if reason := unsafe_name(file):",
         "if reason := None:",
         "checkpoints/test_checkpoint.py::test_a_bad_index_is_refused",

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streammerge.fisher.store import FISHER_FILE, FisherRecord
 
-real = pytest.mark.skipif(not stories.available(), reason=f"needs {stories.DATA.name} and {stories.VOCABULARY.name}")
 RANDOM = [f"seed {seed}" for seed in SEEDS]
 
 
@@ -53,14 +52,14 @@ def records(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, F
     return measure(base, tmp_path_factory.mktemp("fishers"))
 
 
-@real
+@stories.needed
 @pytest.mark.parametrize("text", [stories.TEXT_A, stories.TEXT_B, "a", "  é 中\n\n\tx€  ", "Tom's 24-hour §7 ½"])
 def test_the_tokenizer_gives_the_ids_of_llama2c(base: Path, text: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert tokenizer.encode(text, add_special_tokens=False) == stories.encode(text, bos=False)
 
 
-@real
+@stories.needed
 def test_random_tokens_rank_the_blocks_alike(records: dict[str, FisherRecord]) -> None:
     """Measured: rho of the five blocks 0.7 to 1 (three of them are within 15%), of the 35 matrices 0.95 to 0.99."""
     for left, right in itertools.combinations(RANDOM, 2):
@@ -70,7 +69,7 @@ def test_random_tokens_rank_the_blocks_alike(records: dict[str, FisherRecord]) -
         assert logs >= 0.97, (left, right)
 
 
-@real
+@stories.needed
 def test_real_text_does_not_rank_them_like_random_tokens(records: dict[str, FisherRecord]) -> None:
     """Measured: rho of the blocks -0.3 to -0.4, of the matrices 0.69 to 0.76. The paper's claim fails on this model."""
     for name in RANDOM:
@@ -82,7 +81,7 @@ def test_real_text_does_not_rank_them_like_random_tokens(records: dict[str, Fish
     assert max(means[TEXT]) == means[TEXT][1]
 
 
-@real
+@stories.needed
 def test_the_text_is_measured_as_the_textbook_does(
     base: Path, records: dict[str, FisherRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +97,7 @@ def test_the_text_is_measured_as_the_textbook_does(
         assert entry.mean == pytest.approx(expected[name].double().mean().item(), rel=1e-5), name
 
 
-@real
+@stories.needed
 def test_the_command_takes_the_text(base: Path, records: dict[str, FisherRecord], tmp_path: Path, run: Run) -> None:
     text = base.parent / "text.txt"
     result = run("fisher", "--base", base, "--out", tmp_path / "f", "--probe-text", text, "--dtype", "float32", "-q")
@@ -106,7 +105,7 @@ def test_the_command_takes_the_text(base: Path, records: dict[str, FisherRecord]
     assert json.loads((tmp_path / "f" / FISHER_FILE).read_text()) == records[TEXT].model_dump()
 
 
-@real
+@stories.needed
 def test_the_tables(records: dict[str, FisherRecord]) -> None:
     means, pairs = (part.splitlines() for part in tables(records).split("\n\n"))
     assert len(means) == 2 + len(SEEDS) + 1 and len(pairs) == 2 + 10

@@ -8,9 +8,7 @@ import torch
 from naive import naive_fisher
 from transformers import LlamaForCausalLM
 
-pytestmark = pytest.mark.skipif(
-    not stories.available(), reason="../shared/data/stories260K.bin or tok512.bin is absent"
-)
+pytestmark = stories.needed
 
 
 def test_tokenizer() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class ChannelMagnitudes(Observer):
     def _norm_hooks(self, module: nn.Module, prefix: str, among: set[str] | None = None) -> list[RemovableHandle]:
         """Hooks on the modules whose weight is a vector."""
 
-        def look(names: Sequence[str]) -> object:
+        def look(names: Sequence[str]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 self._add(names, inputs[0])
 
@@ -63,7 +63,7 @@ class ChannelMagnitudes(Observer):
             parameter = f"{prefix}{name}.weight"
             if parameter in self._base.parts and (among is None or parameter in among):
                 names = [tensor.name for tensor in self._base.tensors_behind(parameter)]
-                hooks.append(child.register_forward_pre_hook(look(names)))  # type: ignore[arg-type]
+                hooks.append(child.register_forward_pre_hook(look(names)))
         return hooks
 
     def _add(self, names: Iterable[str], inputs: Tensor) -> None:

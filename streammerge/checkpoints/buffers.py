@@ -14,4 +14,4 @@ def as_bytes(values: Tensor) -> memoryview:
 
     if not values.is_contiguous() or values.device.type != "cpu":
         raise ValueError("only a contiguous CPU tensor can be viewed as bytes")
-    return memoryview(values.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return values.reshape(-1).view(torch.uint8).numpy().data

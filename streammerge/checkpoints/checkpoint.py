@@ -2,47 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
-import reprlib
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from streammerge.checkpoints.files import Files, LocalFolder
+from streammerge.checkpoints.fingerprint import fingerprint, fingerprint_bytes
 from streammerge.checkpoints.header import DTYPES, TensorInfo, parse_header
-from streammerge.checkpoints.header_text import bad_tensor_name
-from streammerge.checkpoints.json_text import parse_object
 from streammerge.checkpoints.side_files import find_side_files
 from streammerge.checkpoints.source import Part, Source
+from streammerge.checkpoints.weight_files import check_index, find_weights, guess_headers
 from streammerge.errors import CheckpointError, HeaderError, MissingTensorError
-from streammerge.names import unsafe_name
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 MANIFEST_FILE = "streammerge.json"
 CARD_FILE = "README.md"
 PLOT_FILE = "merge-coefficients.png"
 REPORT_FILE = "report.html"
-
-_FRAME_BYTES, _ENTRY_BYTES = 56, 84  # of a header, and of its entry for one tensor, besides the name
-_PART = re.compile(r"-\d+-of-(?!0*1\.)\d+\.safetensors$")  # one of several: alone it is not a model
 
 
 def torch_dtype(name: str) -> dtype:
     """The torch dtype of a safetensors dtype name; raises CheckpointError where torch has none."""
     import torch
 
-    found = getattr(torch, DTYPES[name].torch_name or "", None)
+    found: dtype | None = getattr(torch, DTYPES[name].torch_name or "", None)
     if found is None:
         raise CheckpointError(f"torch {torch.__version__} has no dtype for {name}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 class Checkpoint:
@@ -99,8 +90,8 @@ class Checkpoint:
     def of(cls, files: Files, *, revision: str | None = None, need_config: bool = True) -> Self:
         """Open the model that some files make up; see `open`."""
         id = files.id
-        names, weight_map = _find_weights(files)
-        sources = files.open(_guess_headers(names, weight_map))
+        names, weight_map = find_weights(files)
+        sources = files.open(guess_headers(names, weight_map))
         try:
             tensors: dict[str, TensorInfo] = {}
             for file, source in sources.items():
@@ -111,8 +102,8 @@ class Checkpoint:
             if not tensors:
                 raise CheckpointError(f"model {id}: its safetensors files hold no tensor")
             if weight_map is not None:
-                _check_index(weight_map, tensors, id)
-            config = _read_json(files, "config.json", required=need_config)
+                check_index(weight_map, tensors, id)
+            config = files.json("config.json", required=need_config)
         except BaseException:
             for opened in sources.values():
                 opened.close()
@@ -203,28 +194,11 @@ class Checkpoint:
 
     @cached_property
     def _fingerprint(self) -> str:
-        samples = {name: bytearray(min(64, info.nbytes) * 3) for name, info in self.tensors.items()}
-        by_file: dict[str, list[Part]] = {}
-        for name, info in self.tensors.items():
-            view = memoryview(samples[name])
-            for place, offset in enumerate(_sample_places(info)):
-                size = min(64, info.nbytes)
-                by_file.setdefault(info.file, []).append((offset, view[place * size : (place + 1) * size]))
-        for file, parts in by_file.items():
-            self._sources[file].sample(parts)
-        digest = hashlib.sha256()
-        for name in sorted(self.tensors):
-            info = self.tensors[name]
-            digest.update(json.dumps([name, info.dtype, info.shape]).encode())
-            digest.update(samples[name])
-        return digest.hexdigest()
+        return fingerprint(self.tensors, self._sources)
 
     def fingerprint_bytes(self) -> int:
         """How many bytes travel for the fingerprint."""
-        by_file: dict[str, list[tuple[int, int]]] = {}
-        for info in self.tensors.values():
-            by_file.setdefault(info.file, []).extend((at, min(64, info.nbytes)) for at in _sample_places(info))
-        return sum(self._sources[file].sample_bytes(parts) for file, parts in by_file.items())
+        return fingerprint_bytes(self.tensors, self._sources)
 
     def side_files(self) -> list[str]:
         """Every non-weight file a merged model takes over verbatim, see `find_side_files`."""
@@ -281,92 +255,3 @@ def block_index(name: str, prefix: str | None) -> int | None:
     """The decoder block a tensor belongs to, or None: `block_index("model.layers.3.x", "model.layers")` is 3."""
     match = _BLOCK.match(name)
     return int(match[2]) if match and match[1] == prefix else None
-
-
-def _find_weights(files: Files) -> tuple[list[str], dict[str, str] | None]:
-    """The safetensors files to read and, where there is an index, its weight map."""
-    id, top = files.id, files.top()
-    if INDEX_FILE in top:
-        weight_map = _read_weight_map(files)
-        names = sorted(set(weight_map.values()))
-        if SINGLE_FILE in top and SINGLE_FILE not in names:
-            raise HeaderError(f"model {id}: both {SINGLE_FILE} and an index of other files: delete the one left over")
-        for name in names:
-            if not files.has(name):
-                raise HeaderError(f"model {id}, file {INDEX_FILE}: names {name}, which is missing")
-        return names, weight_map
-    if SINGLE_FILE in top:
-        return [SINGLE_FILE], None
-    found = [name for name in top if name.endswith(".safetensors")]
-    if len(found) == 1 and not _PART.search(found[0]):
-        return found, None
-    if found:
-        raise CheckpointError(
-            f"model {id}: no {INDEX_FILE} beside {found[0]} ({len(found)} safetensors files): is a download incomplete?"
-        )
-    pickled = [name for name in top if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-    if pickled:
-        raise CheckpointError(
-            f"model {id}: only pickled weights ({pickled[0]}), which streammerge never loads; convert them with "
-            f"transformers: AutoModelForCausalLM.from_pretrained({_quoted(files)}, dtype='auto')"
-            ".save_pretrained(NEW_FOLDER)"
-        )
-    raise CheckpointError(f"model {id}: no safetensors file in {files.folder or 'the repository'}")
-
-
-def _quoted(files: Files) -> str:
-    return "FOLDER" if files.folder else repr(files.id)
-
-
-def _guess_headers(names: Iterable[str], weight_map: Mapping[str, str] | None) -> dict[str, int]:
-    """About how many bytes of each file are its header, from the names of the tensors in it; 0: not known."""
-    guesses = dict.fromkeys(names, _FRAME_BYTES if weight_map else 0)
-    for tensor, file in (weight_map or {}).items():
-        guesses[file] += len(tensor.encode()) + _ENTRY_BYTES
-    return guesses
-
-
-def _sample_places(info: TensorInfo) -> tuple[int, int, int]:
-    """Where in the file the samples of a fingerprint begin: at the tensor's start, middle and end."""
-    size = min(64, info.nbytes)
-    return info.start, info.start + (info.nbytes - size) // 2, info.stop - size
-
-
-def _read_weight_map(files: Files) -> dict[str, str]:
-    where = files.where(INDEX_FILE)
-    weight_map = _read_json(files, INDEX_FILE).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise HeaderError(f"{where}: it has no weight_map")
-    for name, file in weight_map.items():
-        if reason := bad_tensor_name(name):
-            raise HeaderError(f"{where}: tensor {name[:99]!r}: {reason}")
-        if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise HeaderError(
-                f"{where}: tensor {name!r} is mapped to {reprlib.repr(file)}, which is no safetensors file"
-            )
-    for file in dict.fromkeys(weight_map.values()):
-        if reason := unsafe_name(file):
-            name = next(name for name in weight_map if weight_map[name] == file)
-            raise HeaderError(f"{where}: tensor {name!r} is mapped to {file[:200]!r}, no file of the folder: {reason}")
-    return weight_map
-
-
-def _check_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo], id: str) -> None:
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file != file:
-            raise HeaderError(f"model {id}, file {INDEX_FILE}: maps tensor {name!r} to {file}, which does not hold it")
-    for name, info in tensors.items():
-        if name not in weight_map:
-            raise HeaderError(
-                f"model {id}, file {info.file}: holds tensor {name!r}, which {INDEX_FILE} does not name: "
-                "are files of two checkpoints mixed?"
-            )
-
-
-def _read_json(files: Files, name: str, required: bool = True) -> dict[str, Any]:
-    where = files.where(name)
-    if not files.has(name):
-        if not required:
-            return {}
-        raise CheckpointError(f"{where}: missing: is this a model folder?")
-    return parse_object(files.text(name), where)

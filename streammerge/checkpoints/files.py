@@ -6,9 +6,10 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from streammerge.checkpoints import disk
-from streammerge.checkpoints.json_text import MAX_TEXT_BYTES
+from streammerge.checkpoints.json_text import MAX_TEXT_BYTES, parse_object
 from streammerge.checkpoints.source import LocalFile, Source
 from streammerge.errors import CheckpointError, HeaderError, TransferError
 from streammerge.names import stays_inside
@@ -20,12 +21,15 @@ class Files(ABC):
     Attributes:
         id: how the user named the model.
         folder: the local folder they lie in; None where they come from the Hub.
-        transferred: bytes that have come over the network so far.
     """
 
     id: str
     folder: Path | None = None
-    transferred: int = 0
+
+    @property
+    def transferred(self) -> int:
+        """Bytes that have come over the network so far."""
+        return 0
 
     def where(self, name: str) -> str:
         """How messages name a file."""
@@ -51,6 +55,21 @@ class Files(ABC):
             HeaderError: it is too large to be one.
             TransferError: it cannot be read.
         """
+
+    def json(self, name: str, required: bool = True) -> dict[str, Any]:
+        """The object that a small JSON file holds; {} where a file that is not required is missing.
+
+        Raises:
+            CheckpointError: it is missing.
+            HeaderError: it is malformed, or too large.
+            TransferError: it cannot be read.
+        """
+        where = self.where(name)
+        if not self.has(name):
+            if not required:
+                return {}
+            raise CheckpointError(f"{where}: missing: is this a model folder?")
+        return parse_object(self.text(name), where)
 
     @abstractmethod
     def open(self, names: Mapping[str, int]) -> dict[str, Source]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 from streammerge.errors import HeaderError
@@ -43,8 +44,7 @@ def unique_keys(where: str) -> Any:
     def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = dict(pairs)
         if len(result) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
             raise HeaderError(f"{where}: duplicate name {twice[:200]!r}")
         return result
 

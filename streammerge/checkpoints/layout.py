@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from streammerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE
 from streammerge.checkpoints.header import DTYPES, TensorInfo, encode_header, tensor_nbytes
+from streammerge.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
 
 
 @dataclass(frozen=True)

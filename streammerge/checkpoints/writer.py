@@ -17,19 +17,19 @@ from threading import Lock
 from typing import Any, Self
 
 from streammerge.checkpoints import disk
-from streammerge.checkpoints.checkpoint import INDEX_FILE, MANIFEST_FILE, SINGLE_FILE
+from streammerge.checkpoints.checkpoint import MANIFEST_FILE
 from streammerge.checkpoints.checksum import add, part_sum
 from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.identity import differences
 from streammerge.checkpoints.journal_text import check_journal, identity_of, require_nothing_done
 from streammerge.checkpoints.layout import Shard, index_files
-from streammerge.checkpoints.output import WORK_DIR, files_of_manifest, transfer_errors
+from streammerge.checkpoints.output import WORK_DIR, transfer_errors
+from streammerge.checkpoints.placing import move_into_place
 from streammerge.checkpoints.resume import find_leftover
 from streammerge.checkpoints.shard_file import ShardFile
 from streammerge.checkpoints.work import WorkFolder
 from streammerge.errors import OutputExistsError, TransferError
 
-LOADABLE = (INDEX_FILE, SINGLE_FILE)  # what makes a folder a checkpoint
 SYNC_SECONDS = 2.0  # from one sync to the next: about as much work is lost when the power fails
 
 
@@ -163,18 +163,9 @@ class CheckpointWriter:
         missing = [shard.file for shard in self.shards if shard.file not in self.finished]
         if missing:
             raise RuntimeError(f"{missing[0]} is not complete")  # a bug of ours, never the user's doing
-        everything_else = {**files, **index_files(self.shards)}
-        staged = {name: self._stage(name, content) for name, content in everything_else.items()}
-        staged_beside = {name: self._stage(name, content) for name, content in (beside or {}).items()}
-        self._take_back()
-        shards = {s.file: self.work / s.file for s in self.shards if (self.work / s.file).exists()}
-        everything = {**staged, **shards}
         with transfer_errors(self.folder, "moving the finished files into place"):
-            self._remove_previous()
-            self._move({name: path for name, path in everything.items() if name not in LOADABLE})
-            self._move({name: path for name, path in everything.items() if name in LOADABLE})
-            if staged_beside:
-                self._move(staged_beside)
+            everything_else = {**files, **index_files(self.shards)}
+            move_into_place(self.folder, self.shards, everything_else, beside or {}, self._manifest)
             self._close_files()
             self._work.remove()
             self._close()
@@ -305,40 +296,6 @@ class CheckpointWriter:
     def _forget(self, recorded: Iterable[str]) -> None:
         with self._lock:
             self._unrecorded.difference_update(recorded)
-
-    def _stage(self, name: str, content: bytes | Path) -> Path:
-        path = self.work / "files" / name
-        with transfer_errors(
-            path, f"cannot be copied from {content}" if isinstance(content, Path) else "cannot be written"
-        ):
-            disk.make_folder(path.parent)
-            disk.write_file(path, content)
-        return path
-
-    def _move(self, files: Mapping[str, Path]) -> None:
-        """Move files into the output folder, the manifest last; durable when it returns."""
-        for name in sorted(files, key=lambda name: name == self._manifest):
-            target = self.folder / name
-            disk.make_folder(target.parent)
-            disk.rename(files[name], target)
-        for folder in {self.folder, *((self.folder / name).parent for name in files)}:
-            disk.sync_folder(folder)
-
-    def _take_back(self) -> None:
-        """A single file that an earlier run moved last makes a model: not while what is beside it moves again."""
-        if self.shards[0].file == SINGLE_FILE and not (self.work / SINGLE_FILE).exists():
-            with transfer_errors(self.folder / SINGLE_FILE, "moving it out of sight"):
-                disk.rename(self.folder / SINGLE_FILE, self.work / SINGLE_FILE)
-
-    def _remove_previous(self) -> None:
-        """Remove a finished checkpoint of ours, what makes it loadable first (`check_output` allowed it)."""
-        previous = files_of_manifest(self.folder, self._manifest) or []
-        recovered = {shard.file for shard in self.shards if not (self.work / shard.file).exists()}
-        for name in sorted(previous, key=lambda name: (name not in LOADABLE, name == self._manifest)):
-            if name not in recovered:
-                disk.remove(self.folder / name)
-                if name in LOADABLE:
-                    disk.sync_folder(self.folder)  # not even after a power failure does it name files of ours
 
     def _close_files(self) -> None:
         self._hasher.shutdown(wait=True, cancel_futures=True)

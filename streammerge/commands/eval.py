@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,9 +55,8 @@ def eval(
     """
     if len(models) > 1 and not compare:
         raise typer.BadParameter("several models go with --compare", param_hint="MODEL")
-    call = streammerge.compare if compare else streammerge.evaluate
+    call = partial(streammerge.compare, models) if compare else partial(streammerge.evaluate, models[0])
     result = call(
-        models if compare else models[0],  # type: ignore[arg-type]
         evaluation_settings(options),
         out=out,
         device=device,

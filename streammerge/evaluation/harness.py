@@ -198,7 +198,7 @@ class _Whole:
         return model
 
 
-class _Model(HFLM):  # type: ignore[misc]
+class _Model(HFLM):  # type: ignore[misc]  # untyped
     """The harness's model, which also tells what ended by itself, and draws as it is told to, whatever the model likes.
 
     The model's generation_config.json may ask for sampling, penalties and more, which would make another decoding of
@@ -252,7 +252,7 @@ class _Model(HFLM):  # type: ignore[misc]
         return output
 
 
-class _Watch(CacheHook):  # type: ignore[misc]
+class _Watch(CacheHook):  # type: ignore[misc]  # untyped
     """Told of every response as it comes, in the order of generation, which is another than that of the requests."""
 
     def __init__(self, ends: deque[bool], bar: tqdm[NoReturn]) -> None:

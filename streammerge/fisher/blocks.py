@@ -210,7 +210,8 @@ class BlockModel:
         """Run everything after the blocks on `hidden`, the output of the last one: [..., vocabulary]."""
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         with self._forwards([lambda *args, **kwargs: hidden] * len(self.blocks)):
-            return self.model(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
 
     def before_head(self, hidden: Tensor) -> Tensor:
         """What the head is given for `hidden`: through the final norm and whatever else the model does there."""

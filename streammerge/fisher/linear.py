@@ -152,7 +152,7 @@ class LinearFunctions(TorchFunctionMode):
                     self._observe(*key, weight, inputs)
                 known = self._recall.get() if self._recall and torch.is_grad_enabled() else None
                 keep = partial(self._keep, key)
-                out = _Linear.apply(inputs, weight.detach(), bias, known, keep, self._workers)  # type: ignore[no-untyped-call]
+                out = _linear(inputs, weight.detach(), bias, known, keep, self._workers)
                 if self._recall and not torch.is_grad_enabled():
                     self._recall.put(out)
                 return out
@@ -173,8 +173,10 @@ class LinearFunctions(TorchFunctionMode):
             raise MixedSequencesError
 
     def _keep(self, key: tuple[str, int], gradient: Tensor, inputs: Tensor) -> None:
-        sides = (side.detach().reshape(self._sequences, -1, side.shape[-1]) for side in (gradient, inputs))
-        self._calls.setdefault(key, []).append(tuple(sides))  # type: ignore[arg-type]
+        def by_sequence(side: Tensor) -> Tensor:
+            return side.detach().reshape(self._sequences, -1, side.shape[-1])
+
+        self._calls.setdefault(key, []).append((by_sequence(gradient), by_sequence(inputs)))
 
 
 class _Linear(torch.autograd.Function):
@@ -201,6 +203,9 @@ class _Linear(torch.autograd.Function):
         ctx.keep(gradient, inputs)
         bias = gradient.flatten(0, -2).sum(0) if ctx.bias else None
         return product_back(gradient, ctx.weight, ctx.workers), None, bias, None, None, None
+
+
+_linear: Callable[..., Tensor] = _Linear.apply  # torch does not say its type
 
 
 def product(inputs: Tensor, weight: Tensor, bias: Tensor | None, workers: Workers) -> Tensor:

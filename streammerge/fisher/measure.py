@@ -265,7 +265,8 @@ class _FisherSink:
 def compute_dtype(base: Checkpoint, wanted: ComputeDType | None) -> torch.dtype:
     """What was asked for, else the dtype of most of the base's elements."""
     if wanted is not None:
-        return getattr(torch, wanted)  # type: ignore[no-any-return]
+        asked_for: torch.dtype = getattr(torch, wanted)
+        return asked_for
     sizes: dict[str, int] = {}
     for info in base.tensors.values():
         if info.floating:

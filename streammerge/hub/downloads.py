@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Lock, Semaphore, Thread
 from typing import Any
@@ -117,22 +118,20 @@ class Downloads:
         return persist(lambda: where, attempt, self._stop)
 
 
-class _cache_errors:  # noqa: N801 - used like a function
+@contextmanager
+def _cache_errors(where: str) -> Iterator[None]:
     """An OSError with a number is the disk's; one without is the client's, about what it received."""
-
-    def __init__(self, where: str) -> None:
-        self._where = where
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and not isinstance(error, TransferError):
-            if error.errno is None:
-                raise PassingError("the download is not whole") from error
-            raise TransferError(
-                f"{self._where}: cannot be written into the Hub's cache ({error.strerror}): set HF_HOME to a folder "
-                "with room, or take --hub-mode stream"
-            ) from error
+    try:
+        yield
+    except TransferError:
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise PassingError("the download is not whole") from error
+        raise TransferError(
+            f"{where}: cannot be written into the Hub's cache ({error.strerror}): set HF_HOME to a folder with room, "
+            "or take --hub-mode stream"
+        ) from error
 
 
 def _limit_buffers() -> None:
@@ -151,6 +150,6 @@ def _bar(progress: bool) -> Any:
 
         def __init__(self, *args: Any, **options: Any) -> None:
             shown = {"disable": None if progress else True}
-            super().__init__(*args, **{**options, **shown})  # type: ignore[no-untyped-call]
+            super().__init__(*args, **{**options, **shown})  # type: ignore[no-untyped-call]  # tqdm's
 
     return TerminalBar

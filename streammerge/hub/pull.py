@@ -80,7 +80,7 @@ class HubFiles(Files):
         self._lock = Lock()  # of the scratch folder and what goes into it
 
     @property
-    def transferred(self) -> int:  # type: ignore[override]
+    def transferred(self) -> int:
         return self._tally.total
 
     def has(self, name: str) -> bool:

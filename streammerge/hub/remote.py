@@ -58,7 +58,7 @@ class Remote:
             CheckpointError: there is no such model, revision or file, or no access.
             TransferError: anything else.
         """
-        from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]
+        from huggingface_hub import get_session, hf_raise_for_status
 
         with hub_errors(self.model, self.where):
             for _ in range(_REDIRECTS):
@@ -110,7 +110,7 @@ class Remote:
 
     def _headers(self, url: str) -> dict[str, str]:
         """The login goes to the host that was asked, and to no other."""
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # in its __all__
 
         mine = origin(url) == origin(self.url)
         headers = build_hf_headers(

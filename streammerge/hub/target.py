@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from streammerge._version import __version__
-from streammerge.checkpoints.checkpoint import INDEX_FILE, SINGLE_FILE
+from streammerge.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
 from streammerge.errors import OutputExistsError, TransferError
 from streammerge.hub.files import PushedFile
 from streammerge.hub.operations import file_operation, is_ignored, is_uploaded, limit_waiting, without_bars
@@ -225,7 +225,7 @@ class HubTarget:
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
         try:
-            return self.call("looking at it", "model_info", revision=revision, timeout=_WAITING[1])  # type: ignore[no-any-return]
+            info: ModelInfo = self.call("looking at it", "model_info", revision=revision, timeout=_WAITING[1])
         except TransferError as error:
             if isinstance(error.__cause__, RevisionNotFoundError):
                 return None
@@ -233,6 +233,7 @@ class HubTarget:
                 self._missing = True
                 return None
             raise
+        return info
 
     def _check_new(self, me: Mapping[str, Any]) -> None:
         """Refuse what can be refused of a repository that is still to be made; making it is the full test."""

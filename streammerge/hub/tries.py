@@ -122,7 +122,7 @@ NO_ADDRESS = "HF_ENDPOINT is no address of a Hub: it begins with http:// or http
 
 def _wait_asked_for(headers: Mapping[str, str]) -> float | None:
     """Seconds, from the Hub's rate-limit headers or from Retry-After; None: nothing is asked for."""
-    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]  # in its __all__
 
     limit = parse_ratelimit_headers(headers)
     if limit is not None and limit.remaining == 0:

@@ -119,7 +119,8 @@ class _Overlaps(Pass):
             shared[i] += int(mask.count_nonzero()) - own
 
     def finish(self, state: Any) -> tuple[list[int], list[int]]:
-        return state  # type: ignore[no-any-return]
+        shared, unique = state
+        return shared, unique
 
 
 def _changes(block: RowBlock, epsilon: float) -> tuple[Sequence[Tensor], list[Tensor], Tensor]:

@@ -101,7 +101,8 @@ class _Differing(Pass):
         state[0] += int(_variance(block).count_nonzero())
 
     def finish(self, state: Any) -> int:
-        return state[0]  # type: ignore[no-any-return]
+        (count,) = state
+        return int(count)
 
 
 class _Energies(Pass):

@@ -219,7 +219,8 @@ class _Cutoff(Pass):
             state["left"][i] -= len(ties)
 
     def finish(self, state: Any) -> list[Selection]:
-        return state["selections"]  # type: ignore[no-any-return]
+        selections: list[Selection] = state["selections"]
+        return selections
 
 
 class _Values(Pass):

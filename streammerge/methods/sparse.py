@@ -126,7 +126,7 @@ class RandomlySparseMethod(SparseMethod):
         """Uniform draws [r, c], one per entry of the block."""
         tensor = block.tensor
         key = stream_key(self.parameters.random_seed, tensor.name, expert)
-        return uniform(key, block.row * tensor.columns, block.base.shape, block.base.device)
+        return uniform(key, block.row * tensor.columns, block.base.shape)
 
     def _before_and_after(self, block: RowBlock) -> Iterable[Sparse]:
         for i, vector in enumerate(block.task_vectors):

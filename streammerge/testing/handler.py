@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:  # the client has hung up
             self.close_connection = True
 
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815 - http.server's names
 
     def _reply(self, path: str, query: str) -> Reply:
         """The reply, after what strikes before the request takes effect."""

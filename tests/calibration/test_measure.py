@@ -84,7 +84,8 @@ def naive_information(a: Tensor, b: Tensor) -> float:
     """sum p log(p / (p p)) over pairs of values, in Python."""
     x, y = (values.bfloat16().flatten().tolist() for values in (a, b))
     n, left, right = len(x), Counter(x), Counter(y)
-    return math.fsum(c / n * math.log(c * n / (left[p] * right[q])) for (p, q), c in Counter(zip(x, y)).items())  # noqa: B905
+    together = Counter(zip(x, y, strict=True))
+    return math.fsum(c / n * math.log(c * n / (left[p] * right[q])) for (p, q), c in together.items())
 
 
 # --- mutual information -----------------------------------------------------------------------------------------------

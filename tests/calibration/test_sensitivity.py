@@ -93,7 +93,7 @@ def autograd(model: Any, ids: Tensor) -> dict[int, float]:
 def whole_logits(model: Any, ids: Tensor) -> Tensor:
     """[tokens, vocabulary], float64."""
     with torch.no_grad():
-        return wide(model)(ids, use_cache=False).logits.flatten(0, 1)  # type: ignore[no-any-return]
+        return wide(model)(ids, use_cache=False).logits.flatten(0, 1)
 
 
 class Saved:
@@ -360,7 +360,6 @@ def test_each_model_on_its_own_text(saved: Any, one: Workers, texts: int) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("kind", ["qwen2", "mixtral"])
 def test_on_a_gpu(tmp_path: Path, kind: str, one: Workers) -> None:
     live, ids = [build(kind), noisy(build(kind), 1, tied=False)], token_ids()

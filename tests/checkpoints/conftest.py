@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
+from checkpoints import folders, resuming, writing
+
+from streammerge.checkpoints import writer
 
 Content = bytes | dict[str, Any]
 
@@ -70,3 +74,30 @@ def open_fds(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     monkeypatch.setattr(os, "open", tracked_open)
     monkeypatch.setattr(os, "close", tracked_close)
     return held
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def expected(tmp_path: Path) -> dict[str, bytes]:
+    """The folder of an uninterrupted run of `writing`."""
+    writing.run(tmp_path / "expected")
+    return folders.content(tmp_path / "expected")
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> dict[str, bytes]:
+    """The folder of an undisturbed run of `resuming`; the library finds every tensor in it."""
+    assert resuming.finish(tmp_path / "whole") == list(resuming.STATE)
+    files = folders.content(tmp_path / "whole")
+    found = {name: value["data"] for file in resuming.FILES for name, value in safetensors.deserialize(files[file])}
+    assert found == resuming.STATE
+    return files
+
+
+@pytest.fixture
+def sync_seconds(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    return lambda seconds: monkeypatch.setattr(writer, "SYNC_SECONDS", seconds)

@@ -13,16 +13,9 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
-from streammerge.checkpoints.checkpoint import (
-    INDEX_FILE,
-    SINGLE_FILE,
-    Checkpoint,
-    block_index,
-    decoder_prefix,
-    require_finite,
-    torch_dtype,
-)
+from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix, require_finite, torch_dtype
 from streammerge.checkpoints.header import DTYPES, TensorInfo
+from streammerge.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
 from streammerge.errors import CheckpointError, HeaderError, MissingTensorError, TransferError
 
 Make = Callable[..., Path]

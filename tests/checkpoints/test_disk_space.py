@@ -21,9 +21,9 @@ def two_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def stat(self: Path, **options: bool) -> object:
         if self.parent == tmp_path and self.name in free:
-            real = plain(self, **options)  # type: ignore[arg-type]
+            real = plain(self, **options)
             return SimpleNamespace(st_dev=hash(self.name), st_mode=real.st_mode)
-        return plain(self, **options)  # type: ignore[arg-type]
+        return plain(self, **options)
 
     monkeypatch.setattr(Path, "stat", stat)
     monkeypatch.setattr(disk_space, "free_bytes", lambda folder: free[folder.name])

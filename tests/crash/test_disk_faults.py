@@ -25,6 +25,8 @@ from streammerge.errors import StreammergeError
 CODES = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
 SHARES = 8  # of the long version, for as many processes
 
+Cases = Callable[[int], Iterable[tuple[int, str]]]  # of so many calls, those that fail, each with its errno
+
 
 @pytest.fixture(scope="module")
 def recipe(saved_models: Models) -> dict[str, Any]:
@@ -112,78 +114,56 @@ def break_at(
     assert content(out) == expected, broken.failed
 
 
+def every(step: int, share: int, shares: int, *codes: str) -> Cases:
+    """One of so many shares of every `step`th call, the errnos in turn."""
+    return lambda count: [(at, codes[at // step % len(codes)]) for at in range(step * share, count, step * shares)]
+
+
+def every_single(*codes: str) -> list[Any]:
+    """The long version: every call with every errno."""
+    return [
+        pytest.param(every(1, share, SHARES, code), id=f"all-{code}-{share}", marks=pytest.mark.full)
+        for code in codes
+        for share in range(SHARES)
+    ]
+
+
 def break_some(
     recipe: dict[str, Any],
     out: Path,
     names: tuple[str, ...],
-    cases: Callable[[int], Iterable[tuple[int, str]]],
+    cases: Cases,
     expected: dict[str, bytes | None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Break the calls, with the errno, that are chosen from so many."""
     count = len(calls_of(recipe, out, names, monkeypatch))
     for at, code in cases(count + count // 10):  # threads vary the count
         break_at(recipe, out, names, at, CODES[code], expected, monkeypatch)
 
 
-@pytest.mark.parametrize("share", range(3))
+@pytest.mark.parametrize(
+    "cases",
+    [*(pytest.param(every(4, share, 3, *CODES), id=f"some-{share}") for share in range(3)), *every_single(*CODES)],
+)
 def test_a_write_fails(
     recipe: dict[str, Any],
     expected: dict[str, bytes | None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    share: int,
+    cases: Cases,
 ) -> None:
-    """Every fourth call, with one errno or the other."""
-    break_some(
-        *(recipe, tmp_path / "out", WRITES),
-        lambda count: [(at, [*CODES][at // 4 % 2]) for at in range(4 * share, count, 12)],
-        *(expected, monkeypatch),
-    )
+    break_some(recipe, tmp_path / "out", WRITES, cases, expected, monkeypatch)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("share", range(SHARES))
-@pytest.mark.parametrize("code", CODES)
-def test_every_single_write_fails(
-    recipe: dict[str, Any],
-    expected: dict[str, bytes | None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    code: str,
-    share: int,
-) -> None:
-    break_some(
-        *(recipe, tmp_path / "out", WRITES),
-        lambda count: [(at, code) for at in range(share, count, SHARES)],
-        *(expected, monkeypatch),
-    )
-
-
+@pytest.mark.parametrize("cases", [pytest.param(every(17, 0, 1, "EIO"), id="some"), *every_single("EIO")])
 def test_a_read_fails(
-    recipe: dict[str, Any], expected: dict[str, bytes | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    break_some(
-        *(recipe, tmp_path / "out", READS),
-        lambda count: [(at, "EIO") for at in range(0, count, 17)],
-        *(expected, monkeypatch),
-    )
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("share", range(SHARES))
-def test_every_single_read_fails(
     recipe: dict[str, Any],
     expected: dict[str, bytes | None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    share: int,
+    cases: Cases,
 ) -> None:
-    break_some(
-        *(recipe, tmp_path / "out", READS),
-        lambda count: [(at, "EIO") for at in range(share, count, SHARES)],
-        *(expected, monkeypatch),
-    )
+    break_some(recipe, tmp_path / "out", READS, cases, expected, monkeypatch)
 
 
 def test_the_calls_are_of_every_kind(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from interrupted import Ended, Processes
 from tiny_models import content
 from transformers import AutoModelForCausalLM
 
-from streammerge.checkpoints.checkpoint import INDEX_FILE, REPORT_FILE, SINGLE_FILE, Checkpoint
+from streammerge.checkpoints.checkpoint import REPORT_FILE, Checkpoint
+from streammerge.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
 from streammerge.errors import CheckpointError
 
 WORK = ".streammerge"
@@ -150,7 +151,6 @@ def test_killed_at_random_moments(
 
 
 def test_a_report_is_there_only_when_all_else_is(processes: Processes, pair: tuple[Path, Path], tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     arguments = ("--base", pair[0], "--ft", pair[1], "-q", "-m", "ties", "--max-shard-size", "100KB", "--out")
     ended = processes.run(*arguments, tmp_path / "whole", report=True)
     assert ended.status == 0 and (tmp_path / "whole" / REPORT_FILE).exists(), ended.err

@@ -58,7 +58,7 @@ class Run:
         self.arguments = ("--base", pair[0], "--ft", pair[1], "--out", out, *OPTIONS)
 
     def stopped(self, number: int, **how: object) -> Ended:
-        ended = self.processes.run(*self.arguments, signal=number, sync_seconds=0.0, **how)  # type: ignore[arg-type]
+        ended = self.processes.run(*self.arguments, signal=number, sync_seconds=0.0, **how)
         assert (ended.status, ended.err) == (128 + number, GOES_ON), ended.steps[-3:]
         assert "got away" not in ended.steps  # with its status once the long call was over
         return ended

@@ -7,7 +7,6 @@ import json
 import re
 import struct
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -21,8 +20,6 @@ from streammerge.diagnose import plot
 from streammerge.errors import RecipeError
 from streammerge.fisher.feed import BlockFeed
 from streammerge.fisher.probes import random_tokens
-
-needs_matplotlib = pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
 
 
 def collapse(models: Models, run: Run, *options: object) -> Result:
@@ -137,7 +134,6 @@ def png_size(path: Path) -> tuple[int, int]:
     return struct.unpack(">II", raw[16:24])
 
 
-@needs_matplotlib
 def test_the_figure_of_a_merge(models: Models, tmp_path: Path, run: Run) -> None:
     result = collapse(models, run, "--plot", tmp_path / "c.png")
     assert (result.code, result.err) == (0, "")
@@ -145,7 +141,6 @@ def test_the_figure_of_a_merge(models: Models, tmp_path: Path, run: Run) -> None
     assert result.out == collapse(models, run).out
 
 
-@needs_matplotlib
 def test_the_figure_of_a_fine_tune(models: Models, tmp_path: Path, run: Run) -> None:
     for name, start in (("n.png", b"\x89PNG"), ("n.pdf", b"%PDF"), ("n.SVG", b"<?xml")):
         result = nonlinearity(models, run, "--plot", tmp_path / name)
@@ -154,7 +149,6 @@ def test_the_figure_of_a_fine_tune(models: Models, tmp_path: Path, run: Run) -> 
     assert png_size(tmp_path / "n.png") == (1650, 750)
 
 
-@needs_matplotlib
 def test_undefined_numbers_are_gaps_in_a_figure(models: Models, tmp_path: Path) -> None:
     settings = {"samples": 2, "length": 8, "nonlinearity": True}
     result = streammerge.diagnose(str(models.ft), str(models.base), settings, device="cpu")

@@ -41,7 +41,7 @@ def calls(model: Any, ids: Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]
 
 
 def first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+    return output[0] if isinstance(output, tuple) else output
 
 
 def variance(hidden: Tensor) -> float:

@@ -27,7 +27,7 @@ GREEDY = Draw(samples=1, temperature=0, seed=None, max_new_tokens=12)
 def harness(model: Path, task: TaskFile, questions: list[str], draw: Draw = GREEDY, batch_size: int = 8) -> Harness:
     rows = [{"question": question, "answer": "7"} for question in questions]
     options = {"device": "cpu", "trust_remote_code": False, "progress": True}
-    return Harness(str(model), None, batch_size=batch_size, questions={task: (rows, draw)}, **options)  # type: ignore[arg-type]
+    return Harness(str(model), None, batch_size=batch_size, questions={task: (rows, draw)}, **options)
 
 
 def run(
@@ -202,7 +202,7 @@ def test_what_a_model_cannot_do(tmp_path: Path, sevens: Path, capsys: pytest.Cap
 
 def test_a_bar_counts_the_responses(sevens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = StringIO()
-    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     assert run(sevens, read_task("gsm8k"), ["3 and 4?", "1 and 1?"], batch_size=1)
     shown = [line for line in re.split(r"[\r\n]+", terminal.getvalue()) if line.strip()]

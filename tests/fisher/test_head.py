@@ -75,7 +75,7 @@ def test_scores_and_squares(tmp_path: Path, inputs: Tensor, targets: Tensor, kin
     (gradient,) = torch.autograd.grad(losses.sum(), x, retain_graph=True)
     names = {f"lm_head.{leaf}": parameter for leaf, parameter in layer.named_parameters()}
     squares = {
-        name: sum(torch.autograd.grad(loss, p, retain_graph=True)[0] ** 2 for loss in losses) / 3  # type: ignore[misc]
+        name: sum(torch.autograd.grad(loss, p, retain_graph=True)[0] ** 2 for loss in losses) / 3
         for name, p in names.items()
     }
 

@@ -170,7 +170,7 @@ def test_linear_functions_leave_the_factors_of_their_gradients(one: Workers, tog
 
     net.requires_grad_(False)
     functions = LinearFunctions(known(net), one)
-    for x, gradient in zip(inputs.split(together), torch.cat(at_inputs).split(together), strict=True):  # type: ignore[arg-type]
+    for x, gradient in zip(inputs.split(together), torch.cat(at_inputs).split(together), strict=True):
         x = x.clone().requires_grad_()
         with functions.group(*x.shape[:2]):
             (net(x) ** 2).sum().backward()

@@ -49,7 +49,7 @@ def test_a_result_larger_than_one_write_takes_is_whole(tmp_path: Path, monkeypat
         recall.put(result)
         recall.put(result + 1)
         recall.begin(0)
-        assert torch.equal(recall.get(), result) and torch.equal(recall.get(), result + 1)  # type: ignore[arg-type]
+        assert torch.equal(recall.get(), result) and torch.equal(recall.get(), result + 1)
 
 
 def test_a_full_disk_is_a_transfer_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,6 @@ from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.errors import CheckpointError
 from streammerge.fisher import fisher, linear, walk
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -196,7 +194,6 @@ def test_a_gradient_that_overflows_names_the_sequence(qwen2: Path, tmp_path: Pat
 
 
 @pytest.mark.gpu
-@GPU
 @pytest.mark.parametrize("kind", ["qwen2", "mixtral"])
 def test_the_gpu_agrees_with_the_cpu(tmp_path: Path, kind: str) -> None:
     build(kind).save_pretrained(tmp_path / "model")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from streammerge.checkpoints.checkpoint import INDEX_FILE, MANIFEST_FILE, Checkpoint
+from streammerge.checkpoints.checkpoint import MANIFEST_FILE, Checkpoint
 from streammerge.checkpoints.files import Files
 from streammerge.checkpoints.header import TensorInfo, encode_header, header_length, parse_header
 from streammerge.checkpoints.journal_text import check_journal, identity_of, parse_journal
@@ -23,6 +23,7 @@ from streammerge.checkpoints.layout import plan_shards
 from streammerge.checkpoints.output import files_of_manifest
 from streammerge.checkpoints.resume import find_leftover
 from streammerge.checkpoints.source import Source
+from streammerge.checkpoints.weight_files import INDEX_FILE
 from streammerge.errors import HeaderError, StreammergeError
 from streammerge.hub.ledger import Ledger
 from streammerge.hub.settings import PushSettings

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ APACHE = {"license": "apache-2.0"}
 OWN = {"license": "other", "license_name": "llama3", "license_link": "LICENSE"}
 
 
-def card(models: Models, *sources: dict[str, Any], notes: list[str] = [], licences: Any = ({}, {})) -> str:  # noqa: B006
+def card(models: Models, *sources: dict[str, Any], notes: Sequence[str] = (), licences: Any = ({}, {})) -> str:
     with streammerge.plan({"base": str(models.base), "models": [str(models.ft)], "method": "ties"}) as job:
         job.notes += notes
         result = manifest(job, job.method, sources, {MATRIX: {"numel": 1}}, SHARDS)
@@ -210,7 +211,6 @@ def test_models_on_the_hub_are_named_pinned_and_licensed(
 
 
 def test_the_plot_of_the_coefficients(saved_models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
     job = recipe(saved_models, method="fim_ta", models=[str(saved_models.ft), str(saved_models.ft2)])
     result = streammerge.merge(job, tmp_path / "with", device="cpu")
     picture = (tmp_path / "with" / PLOT_FILE).read_bytes()
@@ -227,7 +227,6 @@ def test_the_plot_of_the_coefficients(saved_models: Models, tmp_path: Path, monk
 
 
 def test_names_of_all_kinds_can_be_drawn() -> None:
-    pytest.importorskip("matplotlib")
     names = ("plain", "_x", "$x$", "\u6f22\u5b57", "\x1b[31m", None)
     rows = [{"block": block, "alpha": 0.5, "expert": name} for name in names for block in (0, 1, 1)]
     assert coefficient_plot({"blocks": rows})

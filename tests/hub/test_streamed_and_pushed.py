@@ -16,7 +16,7 @@ import pytest
 from hub.pushing import TOKEN, USERS, folder_content, history, pushed, sampled
 from tiny_models import Models, Run
 
-from streammerge.testing import Fault, Hub
+from streammerge.testing import Armed, Fault, Hub
 
 LOUD = """
 import logging, sys
@@ -120,7 +120,7 @@ def test_xet_is_used_where_the_budget_has_room_for_it(hub: Hub, start: Start, ro
     assert {e.endpoint for e in hub.record} & {"upload", "xorb-upload"} == {way}
 
 
-def stopped(process: Any, stalled: Fault, number: int) -> None:
+def stopped(process: Any, stalled: Armed, number: int) -> None:
     """Send the signal once the Hub keeps the process waiting; the one line that it leaves."""
     while not stalled.struck:
         assert process.poll() is None

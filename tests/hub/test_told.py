@@ -109,7 +109,6 @@ def test_no_room_for_the_work(
 def test_no_room_for_xet(
     hub: Hub, saved_models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merge: Merge
 ) -> None:
-    pytest.importorskip("hf_xet")
     merge(tmp_path / "out")
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(huggingface_hub.constants, "HF_XET_CACHE", str(tmp_path / "file" / "xet"))

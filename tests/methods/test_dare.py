@@ -17,13 +17,13 @@ DRAWS = torch.tensor([0.1, 0.49, 0.5, 0.9])
 
 
 def merged(name: str, models: Models, **parameters: Any) -> list[float]:
-    return merge(name, models, **parameters).tensors["w"].tolist()  # type: ignore[no-any-return]
+    return merge(name, models, **parameters).tensors["w"].tolist()
 
 
 @pytest.fixture
 def given_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model gets the draws 0.1, 0.49, 0.5, 0.9: density 0.5 keeps the first two entries."""
-    monkeypatch.setattr(sparse, "uniform", lambda key, first, shape, device: DRAWS.view(shape))
+    monkeypatch.setattr(sparse, "uniform", lambda key, first, shape: DRAWS.view(shape))
 
 
 ONE = of([1.0, -2.0, 4.0, 8.0], base=1.0)

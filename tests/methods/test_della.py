@@ -73,7 +73,7 @@ def test_probabilities_are_per_row_and_average_to_the_density() -> None:
 )
 def test_by_hand(name: str, parameters: dict[str, Any], expected: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     draws = torch.tensor([[0.3, 0.7, 0.1]])
-    monkeypatch.setattr(sparse, "uniform", lambda key, first, shape, device: draws)
+    monkeypatch.setattr(sparse, "uniform", lambda key, first, shape: draws)
     models = of([1.0, -3.0, 2.0], [2.0, 4.0, 1.0])
     if parameters.get("normalize") is None and name == "della_linear":
         assert merge(name, models, density=0.5, epsilon=0.25, **parameters).reports["w"]["kept"] == [2, 3]

@@ -7,7 +7,6 @@ import torch
 from methods.sparse_truth import naive_draws, splitmix64
 from torch import Tensor
 
-from streammerge.methods.della import keep_probabilities
 from streammerge.methods.draws import stream_key, uniform, words
 
 N = 1 << 20
@@ -101,12 +100,3 @@ def test_streams_are_uncorrelated() -> None:
 def test_keys_do_not_run_together() -> None:
     assert stream_key(1, "2\nw", 3) != stream_key(1, "w", 3) != stream_key(11, "w", 3)
     assert stream_key(1, "w", 12) != stream_key(11, "w", 2)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_same_on_a_gpu() -> None:
-    assert torch.equal(uniform(KEY, 2**40 + 1, (300, 7), "cuda").cpu(), uniform(KEY, 2**40 + 1, (300, 7)))
-    vector = torch.randn(50, 301, generator=torch.Generator().manual_seed(0)).bfloat16().float()
-    found = keep_probabilities(vector.cuda(), 0.6, 0.2).cpu()
-    assert torch.equal(found, keep_probabilities(vector, 0.6, 0.2))

@@ -19,7 +19,7 @@ def rows(**values: list[float]) -> Tensors:
 
 
 def averaged(models: Models, name: str = ONE, **parameters: Any) -> list[float]:
-    return merge("fisher_average", models, **parameters).tensors[name].flatten().tolist()  # type: ignore[no-any-return]
+    return merge("fisher_average", models, **parameters).tensors[name].flatten().tolist()
 
 
 PLAIN: dict[str, Any] = {"normalize_fishers": False, "fisher_floor": 0.0}

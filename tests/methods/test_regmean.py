@@ -29,7 +29,7 @@ def naive(weights: Sequence[Tensor], inputs: Sequence[Tensor], a: Sequence[float
     share = [value / sum(a) for value in a]
     left = sum(c * w.double() @ g for c, w, g in zip(share, weights, grams, strict=True))
     right = sum(c * g for c, g in zip(share, grams, strict=True))
-    return torch.linalg.solve(right.T, left.T).T  # type: ignore[union-attr]
+    return torch.linalg.solve(right.T, left.T).T
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

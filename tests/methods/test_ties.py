@@ -18,7 +18,7 @@ def of(*task_vectors: list[float], base: float = 0.0) -> Models:
 
 
 def ties(models: Models, **parameters: Any) -> list[float]:
-    return merge("ties", models, **parameters).tensors["w"].tolist()  # type: ignore[no-any-return]
+    return merge("ties", models, **parameters).tensors["w"].tolist()
 
 
 THREE = of([3.0, -1.0], [-1.0, -1.0], [-1.0, 4.0])

@@ -51,7 +51,7 @@ def test_responses_by_hand() -> None:
 def test_every_number_is_whole_and_known(split: Split) -> None:
     """Recomputed from the question's words alone, in fractions."""
     for problem in drawn(split, 500):
-        value = Fraction(re.match(r"\w+ has (\d+)", problem.question)[1])  # type: ignore[index]
+        value = Fraction(re.match(r"\w+ has (\d+)", problem.question)[1])
         for verb, number in re.findall(r"(gets|gives|makes times|keeps one in) (\d+)", problem.question):
             n = int(number)
             value = {"gets": value + n, "gives": value - n, "makes times": value * n, "keeps one in": value / n}[verb]
@@ -75,7 +75,7 @@ def test_no_structure_is_in_two_splits() -> None:
     """Not even with other names and things, or another seed."""
     structures = {split: {p.structure for seed in (0, 1) for p in drawn(split, 2000, seed)} for split in SPLITS}
     for one, other in [("train", "validation"), ("train", "heldout"), ("validation", "heldout")]:
-        assert not structures[one] & structures[other]  # type: ignore[index]
+        assert not structures[one] & structures[other]
 
 
 def test_the_split_depends_on_the_structure_alone() -> None:

@@ -14,8 +14,6 @@ from make_checkpoints import Shape, make_pair
 from report.browser import DARK, Browser, Picture, find_chromium
 from tiny_models import Models
 
-pytest.importorskip("matplotlib")
-
 import streammerge
 from streammerge.checkpoints.checkpoint import PLOT_FILE
 from streammerge.report.page import report_page

@@ -13,8 +13,6 @@ import pytest
 import yaml
 from tiny_models import Models, Run
 
-pytest.importorskip("matplotlib")
-
 import streammerge
 from streammerge.checkpoints.output import REPORT_MARK
 from streammerge.report import page

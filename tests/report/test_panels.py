@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("matplotlib")
-
 from streammerge.report.panels import coefficient_panel, phase_panel, size_panel, spread, strip_panel, strips
 from streammerge.timeline import Phase
 

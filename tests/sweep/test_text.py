@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import random
 import re
 from typing import Any
 
 import numpy as np
-import pytest
+from matplotlib.image import imread
 
 from streammerge.sweep.text import front_lines, pareto_front, sweep_markdown, sweep_plot, sweep_rows, sweep_text
 
@@ -78,12 +79,9 @@ def test_names_do_not_break_out_of_the_page() -> None:
 
 
 def test_the_picture() -> None:
-    matplotlib_image = pytest.importorskip("matplotlib.image")
     raw = sweep_plot(RESULT)
     assert raw == sweep_plot(RESULT) and b"Software" not in raw
-    import io
-
-    picture = matplotlib_image.imread(io.BytesIO(raw))
+    picture = imread(io.BytesIO(raw))
     assert picture.shape == (675, 1050, 4)
     assert np.allclose(picture[..., 0], picture[..., 1]) and np.allclose(picture[..., 1], picture[..., 2])
     more = {**RESULT, "points": [*RESULT["points"], point(0.3, 60.0, False)]}

@@ -51,9 +51,9 @@ def test_what_is_not_there(hub: Hub, folder: Folder) -> None:
 def test_files_are_bytes(hub: Hub, folder: Folder) -> None:
     hub.add("org/base", folder(config_json=b"{}"))
     with pytest.raises(TypeError, match=r"the content of 'x.txt' must be bytes, not str"):
-        hub.move_branch("org/base", {"x.txt": "text"})  # type: ignore[dict-item]
+        hub.move_branch("org/base", {"x.txt": "text"})
     with pytest.raises(TypeError, match=r"the content of 'x.txt' must be bytes, not str"):
-        Fault("moved_branch", files={"x.txt": "text"})  # type: ignore[dict-item]
+        Fault("moved_branch", files={"x.txt": "text"})
 
 
 def test_the_record_can_be_cleared(hub: Hub, api: HfApi) -> None:

@@ -237,4 +237,4 @@ def test_every_kind_has_a_test_and_no_other_is_taken() -> None:
     words = Path(__file__).read_text()
     assert [kind for kind in get_args(Kind) if f'Fault("{kind}"' not in words] == []
     with pytest.raises(ValueError, match=r"no fault is called 'ratelimit'; there are: status, rate_limit"):
-        Fault("ratelimit")  # type: ignore[arg-type]
+        Fault("ratelimit")

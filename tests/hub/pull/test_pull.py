@@ -12,8 +12,9 @@ import torch
 from hub.pull.conftest import TOKEN
 from huggingface_hub import constants
 
-from streammerge.checkpoints.checkpoint import INDEX_FILE, Checkpoint
+from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.checkpoints.locate import open_model
+from streammerge.checkpoints.weight_files import INDEX_FILE
 from streammerge.errors import CheckpointError, RecipeError, TransferError
 from streammerge.hub import downloads, tries
 from streammerge.hub.pull import HubMode
@@ -279,4 +280,4 @@ def test_what_is_no_hub(opened: Open, hub: Hub, monkeypatch: pytest.MonkeyPatch)
 def test_a_mode_that_there_is_not(pair: Pair) -> None:
     for reference in ("org/base", str(pair[0])):
         with pytest.raises(RecipeError, match="--hub-mode: there is no 'steam': did you mean 'stream'"):
-            open_model(reference, "steam")  # type: ignore[arg-type]
+            open_model(reference, "steam")
