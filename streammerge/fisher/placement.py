@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from streammerge.checkpoints.checkpoint import Checkpoint, block_index, decoder_prefix
@@ -20,7 +21,9 @@ HEAD_BYTES = 8 << 20  # of the head, at a time
 HEAD_LOGITS = 2 << 20  # of all tokens, at a time
 SQUARES = 3 << 20  # elements of all sequences' gradients at a time
 
-IMPORT_BYTES = 390 * 2**20  # a process that has imported torch, transformers and accelerate, and built the empty model
+SCIPY_BYTES = 41 * 2**20  # which transformers imports where it is installed, as by the extra `eval`
+# A process that has imported torch, transformers and accelerate, and built the empty model.
+IMPORT_BYTES = 390 * 2**20 + (SCIPY_BYTES if find_spec("scipy") else 0)
 CUDA_BYTES = 600 * 2**20  # what its first use of a GPU adds
 
 

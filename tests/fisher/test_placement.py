@@ -19,7 +19,7 @@ from streammerge.errors import MemoryBudgetError, RecipeError
 from streammerge.fisher import FisherRun, fisher, place
 from streammerge.fisher.blocks import BlockModel
 from streammerge.fisher.device_map import blocks_that_stay, room_for_blocks
-from streammerge.fisher.placement import HEAD_BYTES, HEAD_LOGITS, default_device, fisher_memory, head_rows
+from streammerge.fisher.placement import HEAD_BYTES, HEAD_LOGITS, IMPORT_BYTES, default_device, fisher_memory, head_rows
 from streammerge.fisher.probes import random_tokens
 
 CPU = torch.device("cpu")
@@ -98,6 +98,19 @@ def test_without_a_gpu_s_driver_torch_is_not_imported() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["cpu", "False"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the process's peak memory from /proc")
+def test_what_importing_takes(qwen2: Path, tmp_path: Path) -> None:
+    """As the kernel has it: torch, transformers with what it imports by itself, accelerate, and an empty model."""
+    code = (
+        "import sys; from streammerge import fisher; fisher(sys.argv[1], sys.argv[2], device='cpu')\n"
+        "print(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM')))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(qwen2), str(tmp_path / "fisher")], capture_output=True, text=True, check=True
+    )
+    assert 0.8 * IMPORT_BYTES < 1024 * int(run.stdout.split()[-1]) < IMPORT_BYTES + (20 << 20)  # a tiny pass besides
 
 
 @pytest.mark.parametrize(("usable", "device"), [(True, "cuda"), (False, "cpu")])
