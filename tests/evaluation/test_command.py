@@ -34,7 +34,7 @@ def test_numbers_by_hand(sevens: Path, data: Path, run: Run) -> None:
     half = {"accuracy": 0.5, "stderr": math.sqrt(0.25 / 3), "sample_accuracy": 0.5, "problems": 4, **common}
     whole = {"accuracy": 1.0, "stderr": None, "sample_accuracy": 1.0, "problems": 1, **common}
     assert found["tasks"] == {"gsm8k": half, "math500": whole}
-    assert found["average"] == {"accuracy": 0.75, "mean_length": 9.0, "truncated": 0.0}
+    assert found["average"] == {"accuracy": 0.75, "mean_length": 9.0, "truncated": 0.0, "stderr": None}
     assert found["model"] == {"id": str(sevens), "revision": None}
 
 
@@ -43,12 +43,12 @@ def test_the_table(sevens: Path, data: Path, run: Run) -> None:
     assert result.out.splitlines() == [
         "task     accuracy    +-  length  truncated  no answer",
         "-------  --------  ----  ------  ---------  ---------",
-        "gsm8k        66.7  33.3       8      100.0        0.0",
-        "math500     100.0     -       8      100.0        0.0",
-        "average      83.3             8      100.0",
+        "gsm8k        66.7  33.3     8.0      100.0        0.0",
+        "math500     100.0     -     8.0      100.0        0.0",
+        "average      83.3     -     8.0      100.0",
         "",
-        "problems: 3 of gsm8k, 1 of math500",
-        "accuracy and truncated in %, length in tokens of the model's own tokenizer",
+        "problems: 3 of the 4 of gsm8k, all 1 of math500; not the papers' files",
+        "accuracy and truncated in %, length in tokens of the model's own tokenizer; +- is the standard error",
     ]
 
 
