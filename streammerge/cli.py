@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -61,8 +61,9 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Errors of ours become one line and exit 1; Ctrl-C becomes advice and exit 130, SIGTERM and exit 143."""
 
     def run(debug: bool = False, **options: Any) -> None:
+        again = _given_again(command.__name__, options)
         try:
-            with signals.under_way(command.__name__):
+            with signals.under_way(again):
                 command(**options)
         except StreammergeError as error:
             if debug:
@@ -70,7 +71,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
             print(f"streammerge: error: {safe_lines(str(error))}", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt as stop:
-            signals.say_farewell(command.__name__)
+            signals.say_farewell(again)
             raise typer.Exit(stop.status if isinstance(stop, signals.Stopped) else 130) from None
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -79,6 +80,18 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     run.__doc__ = command.__doc__
     run.__name__ = command.__name__
     return run
+
+
+def _given_again(command: str, options: Mapping[str, Any]) -> str:
+    """What a command that was stopped does when it is given again."""
+    if options.get("overwrite"):
+        return "begins anew, as --overwrite asks"
+    if command == "eval":
+        if options["out"] is None:
+            return "begins anew; with --out it would keep the tasks that are done"
+        return "goes on with the tasks that are not in --out; the one it was at starts over"
+    resumed = command in ("merge", "fisher", "push", "sweep") and not options.get("dry_run")
+    return "goes on where it was" if resumed else "begins anew"
 
 
 def _register(command: Callable[..., None], *extra: inspect.Parameter, like: Any = None, drop: str = "") -> None:

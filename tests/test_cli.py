@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -365,24 +366,38 @@ def test_debug_shows_a_traceback(models: Models, tmp_path: Path, run: Run) -> No
     assert plain.err.removeprefix("streammerge: error: ").strip() in debug.stderr.splitlines()[-1]
 
 
-STOPPED = {  # command: its arguments, and what the same command does
-    "merge": (("--base", "a", "--ft", "b", "--out", "c"), "goes on where it was"),
-    "fisher": (("--base", "a", "--out", "c"), "goes on where it was"),
-    "push": (("a", "org/a"), "goes on where it was"),
-    "plan": (("--base", "a", "--ft", "b"), "begins anew"),
-    "verify": (("a",), "begins anew"),
-    "diagnose": (("a", "--against", "b"), "begins anew"),
+PAIR = ("--base", "a", "--ft", "b")
+STOPPED = {  # the arguments, what is called, and what the same command does
+    "merge": (("merge", *PAIR, "--out", "c"), "merge", "goes on where it was"),
+    "merge anew": (("merge", *PAIR, "--out", "c", "--overwrite"), "merge", "begins anew, as --overwrite asks"),
+    "dry run": (("merge", *PAIR, "--dry-run"), "plan", "begins anew"),
+    "fisher": (("fisher", "--base", "a", "--out", "c"), "fisher", "goes on where it was"),
+    "push": (("push", "a", "org/a"), "push", "goes on where it was"),
+    "sweep": (("sweep", "mini_l2s", "--set", "density=0.1", "--out", "c"), "sweep", "goes on where it was"),
+    "plan": (("plan", *PAIR), "plan", "begins anew"),
+    "verify": (("verify", "a"), "verify", "begins anew"),
+    "diagnose": (("diagnose", "a", "--against", "b"), "diagnose", "begins anew"),
+    "methods": (("methods",), "catalogue.listing_text", "begins anew"),
+    "demo": (("demo", "--out", "c"), "demo.run", "begins anew"),
+    "eval": (("eval", "a"), "evaluate", "begins anew; with --out it would keep the tasks that are done"),
+    "eval with --out": (
+        ("eval", "--compare", "a", "b", "--out", "c"),
+        "compare",
+        "goes on with the tasks that are not in --out; the one it was at starts over",
+    ),
 }
 
 
-@pytest.mark.parametrize("command", STOPPED)
-def test_ctrl_c_exits_with_130_and_advice(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+@pytest.mark.parametrize(("arguments", "called", "again"), STOPPED.values(), ids=STOPPED)
+def test_ctrl_c_exits_with_130_and_advice(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], called: str, again: str
+) -> None:
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(streammerge, command, stop)
-    arguments, again = STOPPED[command]
-    assert run(command, *arguments) == (130, "", f"streammerge: stopped; the same command {again}\n")
+    import_module("streammerge.demo")  # which its command imports no sooner than it is run
+    monkeypatch.setattr(f"streammerge.{called}", stop)
+    assert run(*arguments) == (130, "", f"streammerge: stopped; the same command {again}\n")
 
 
 def test_an_interrupted_merge_goes_on(

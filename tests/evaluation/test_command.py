@@ -138,7 +138,8 @@ def test_an_interrupted_run_goes_on(
 
     monkeypatch.setattr(Harness, "run", counted)
     stopped = run(*options, "--out", tmp_path / "out")
-    assert (stopped.code, stopped.err) == (130, "streammerge: stopped; the same command goes on where it was\n")
+    again = "goes on with the tasks that are not in --out; the one it was at starts over"
+    assert (stopped.code, stopped.err) == (130, f"streammerge: stopped; the same command {again}\n")
     assert {*content(tmp_path / "out")} == {"gsm8k.json", "gsm8k.responses.jsonl"}
     assert run(*options, "--out", tmp_path / "out", "--json").out == whole
     assert ran == ["gsm8k", "math500", "math500"]
