@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
@@ -18,7 +17,7 @@ from streammerge.commands.eval import eval  # noqa: A004
 from streammerge.commands.fisher import fisher
 from streammerge.commands.merge import merge, plan
 from streammerge.commands.methods import methods
-from streammerge.commands.printing import safe_lines
+from streammerge.commands.printing import printed, safe_lines
 from streammerge.commands.push import push
 from streammerge.commands.sweep import sweep
 from streammerge.commands.verify import verify
@@ -50,11 +49,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = ["--help"]
     elif args[0] not in _COMMANDS and args[0] not in ("-h", "--help", "--version"):
         args = ["merge", *args]
+    status = 0
     try:
         app(args, prog_name="streammerge")
     except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+        status = int(stop.code or 0)
+    except StreammergeError:  # with --debug
+        raise
+    except OSError:
+        if _has_arrived():
+            raise
+        status = 1  # help, which is printed by typer
+    return status or int(not _has_arrived())
+
+
+def _has_arrived() -> bool:
+    """Whether all that was printed went where standard output goes; if not, that is said."""
+    try:
+        with printed():
+            return True
+    except BrokenPipeError:
+        pass
+    except StreammergeError as error:
+        _say_error(error)
+    return False
 
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -68,18 +86,21 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
         except StreammergeError as error:
             if debug:
                 raise
-            print(f"streammerge: error: {safe_lines(str(error))}", file=sys.stderr)
+            _say_error(error)
             raise typer.Exit(1) from None
         except KeyboardInterrupt as stop:
             signals.say_farewell(again)
             raise typer.Exit(stop.status if isinstance(stop, signals.Stopped) else 130) from None
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
 
     run.__doc__ = command.__doc__
     run.__name__ = command.__name__
     return run
+
+
+def _say_error(error: StreammergeError) -> None:
+    print(f"streammerge: error: {safe_lines(str(error))}", file=sys.stderr)
 
 
 def _given_again(command: str, options: Mapping[str, Any]) -> str:

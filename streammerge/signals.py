@@ -147,7 +147,7 @@ def under_way(again: str) -> Iterator[None]:
 def leave(status: int) -> None:
     """End the process if it was stopped: Python's own way out takes apart all it has imported, which takes seconds."""
     if _process.raised:
-        with suppress(OSError):  # nobody reads it any more
+        with suppress(OSError, AttributeError):  # nobody reads it any more; None where it was closed from the start
             sys.stdout.flush()
         os._exit(status)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -499,7 +500,45 @@ def test_a_closed_pipe_is_no_traceback(merged: Merged) -> None:
     command = [sys.executable, "-m", "streammerge", "verify", str(merged())]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert "Traceback" not in done.stderr
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [
+        (("methods", "--json"), ""),
+        (("methods",), "1"),
+        (("--help",), ""),
+        (("merge", "--help"), ""),
+        (("--version",), ""),
+    ],
+)
+def test_an_output_that_takes_nothing_is_one_line(arguments: tuple[str, ...], unbuffered: str) -> None:
+    full = "streammerge: error: standard output cannot be written: No space left on device\n"
+    assert into("/dev/full", *arguments, unbuffered=unbuffered) == (1, full)
+    assert into("", *arguments, unbuffered=unbuffered) == (1, "streammerge: error: standard output is closed\n")
+
+
+def test_what_is_complete_though_it_cannot_be_told(models: Models, tmp_path: Path) -> None:
+    pair = ("--base", str(models.base), "--ft", str(models.ft), "-m", "ties", "-q", "--out")
+    whole, out, other = (tmp_path / name for name in ("whole", "out", "other"))
+    assert into(os.devnull, *pair, str(whole)) == (0, "")
+    end = "; the merge is complete: "
+    line = f"streammerge: error: standard output cannot be written: No space left on device{end}{out}\n"
+    assert into("/dev/full", *pair, str(out)) == (1, line)
+    assert into("", *pair, str(other)) == (1, f"streammerge: error: standard output is closed{end}{other}\n")
+    for folder in (out, other):
+        assert (folder / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+
+
+def into(output: str, *arguments: str, unbuffered: str = "") -> tuple[int, str]:
+    """Exit status and standard error with standard output going there; closed where that is nowhere."""
+    command = shlex.join([sys.executable, "-m", "streammerge", *arguments])
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        f"{command} >{output or '&-'}", shell=True, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    return done.returncode, done.stderr
 
 
 def test_an_option_overrides_a_per_model_value_of_the_recipe(models: Models, tmp_path: Path, run: Run) -> None:

@@ -65,4 +65,6 @@ def eval(
         overwrite=overwrite,
         progress=not quiet,
     )
-    show(result if json else (comparison_text if compare else evaluation_text)(all_visible(result)))
+    text = comparison_text if compare else evaluation_text
+    done = "" if out is None else f"the results are in {out}"
+    show(result if json else text(all_visible(result)), done)

@@ -72,7 +72,7 @@ def fisher(
         check_disk=not no_disk_check,
         progress=not quiet,
     )
-    show(record.model_dump() if json else _fisher_text(record, out))
+    show(record.model_dump() if json else _fisher_text(record, out), f"the Fisher in {out} is complete")
 
 
 def _fisher_text(record: FisherRecord, out: Path) -> str:

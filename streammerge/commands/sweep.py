@@ -78,4 +78,4 @@ def sweep(
         progress=not quiet,
     )
     where = f"all of it in {visible(str(out))}: sweep.md, sweep.json"
-    show(result if json else f"{sweep_text(all_visible(result))}\n{where}")
+    show(result if json else f"{sweep_text(all_visible(result))}\n{where}", f"the sweep is complete, {where}")
