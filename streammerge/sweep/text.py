@@ -70,7 +70,8 @@ def sweep_markdown(result: Mapping[str, Any], plot: str | None) -> str:
     """The page; `plot` names the picture beside it."""
     header, rows = sweep_rows(result)
     base, *models = [_plain(source["id"]) for source in result["sources"]]
-    limit = "" if result["limit"] is None else f", the first {result['limit']} problems"
+    asked = result["points"][0]["scores"].get("problems", result["limit"])  # there may be fewer than the limit
+    limit = "" if result["limit"] is None else f", the first {asked} problems"
     lines = [
         f"# Sweep: {' and '.join(models)} into {base}",
         f"By streammerge {result['version']}, evaluation {_plain(result['evaluation'])}{limit}; a star is on the "

@@ -73,6 +73,8 @@ def test_names_do_not_break_out_of_the_page() -> None:
     assert "![Accuracy over mean length of the points, the Pareto front joined](sweep.png)" in text
     assert "the first 20 problems" in text and "- \\[a\\](b)" in text
     assert "sweep.png" not in sweep_markdown(RESULT, None)
+    fewer = {**RESULT, "points": [{**p, "scores": {**p["scores"], "problems": 7}} for p in RESULT["points"]]}
+    assert "the first 7 problems" in sweep_markdown(fewer, None)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 5 and {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {8}
 
