@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 import streammerge
 from streammerge import signals
@@ -32,8 +33,27 @@ from streammerge.options import (
     push_options,
 )
 
+
+class _FlagsWithoutValue:
+    """Typer shows a flag with the value <bool>, which it does not take."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class _Command(_FlagsWithoutValue, TyperCommand): ...
+
+
+class _Group(_FlagsWithoutValue, TyperGroup): ...
+
+
 app = typer.Typer(
     name="streammerge",
+    cls=_Group,
     help="Merge large language-model checkpoints, streamed: never two models in memory.\n\n"
     "Without a command, `merge` is meant: streammerge --base A --ft B --out merged",
     add_completion=False,
@@ -124,7 +144,7 @@ def _register(command: Callable[..., None], *extra: inspect.Parameter, like: Any
     run = _guarded(command)
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
-    app.command(command.__name__)(run)
+    app.command(command.__name__, cls=_Command)(run)
 
 
 def _version(value: bool) -> None:

@@ -36,6 +36,18 @@ import streammerge
 from streammerge import cli
 from streammerge.methods import METHODS
 
+NUMBERS = {
+    "eval": {
+        "--limit": "int",
+        "--samples": "int",
+        "--temperature": "float",
+        "--seed": "int",
+        "--max-new-tokens": "int",
+    },
+    "merge": {"--calibration-samples": "int", "--fisher-seed": "int", "--fisher-length": "int"},
+    "fisher": {"--samples": "int", "--seed": "int"},
+    "diagnose": {"--samples": "int", "--alpha": "float"},
+}
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
 Merged = Callable[..., Path]
 
@@ -58,6 +70,16 @@ def test_help_lists_every_option_with_a_text(run: Run, monkeypatch: pytest.Monke
         start = parameter.help.replace("\\[", "[")[:30]
         assert [line for line in lines if option in line and start in line], option
     assert COMMANDS[name].help
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_shows_which_values_are_taken(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """None by a flag, a number by what is one."""
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 400)
+    shown = run(*([name] if name else []), "--help").out
+    assert "--help" in shown and "<bool>" not in shown
+    for option, kind in NUMBERS.get(name, {}).items():
+        assert re.search(rf"{option}(,--[a-z-]+)? +<{kind}> ", shown), option
 
 
 NEW = {
