@@ -76,6 +76,32 @@ def build(model: type[Model], values: Mapping[str, Any], what: str) -> Model:
         raise RecipeError(f"{what}: {'; '.join(lines)}") from None
 
 
+def build_from_options(model: type[Model], values: Mapping[str, Any]) -> Model:
+    """Make settings from options of a command line, which have the names of the fields.
+
+    Raises:
+        RecipeError: all that is wrong, in one line, by the names that were typed.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors(include_url=False):
+            told = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            plain = _PLAIN.get(item["type"], "{told}").format(told=told, **item.get("ctx", {}))
+            lines.append(f"--{str(item['loc'][0]).replace('_', '-')} {str(item['input'])[:100]}: {plain}")
+        raise RecipeError("; ".join(lines)) from None
+
+
+_PLAIN = {
+    "greater_than_equal": "at least {ge}",
+    "less_than_equal": "at most {le}",
+    "less_than": "below {lt}",
+    "int_parsing": "no whole number",
+    "float_parsing": "no number",
+}
+
+
 def _place(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:
     """Where something is wrong, without the names pydantic gives the forms of a union; and the model it is in."""
     parts: list[str] = []

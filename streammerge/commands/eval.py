@@ -10,8 +10,10 @@ import typer
 import streammerge
 from streammerge.commands.printing import show
 from streammerge.evaluation.run import BATCH_SIZE
+from streammerge.evaluation.settings import EvaluationSettings
 from streammerge.evaluation.text import comparison_text, evaluation_text
 from streammerge.options import AsJson, Device, Overwrite, Quiet, TrustRemoteCode, evaluation_settings
+from streammerge.schema import build_from_options
 from streammerge.text import all_visible
 
 
@@ -57,7 +59,7 @@ def eval(
     call = streammerge.compare if compare else streammerge.evaluate
     result = call(
         models if compare else models[0],  # type: ignore[arg-type]
-        evaluation_settings(options),
+        build_from_options(EvaluationSettings, evaluation_settings(options)),
         out=out,
         device=device,
         batch_size=batch_size,
