@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
@@ -32,6 +34,7 @@ from streammerge.options import (
     method_options,
     push_options,
 )
+from streammerge.schema import suggest
 
 
 class _FlagsWithoutValue:
@@ -68,6 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args:
         args = ["--help"]
     elif args[0] not in _COMMANDS and args[0] not in ("-h", "--help", "--version"):
+        if re.fullmatch("[A-Za-z_-]+", args[0]) and args[0][0] != "-" and not os.path.lexists(args[0]):
+            print(
+                f"streammerge: error: there is no command {args[0]!r}: {suggest(args[0], _COMMANDS)}", file=sys.stderr
+            )
+            return 2
         args = ["merge", *args]
     status = 0
     try:
@@ -173,4 +181,4 @@ _register(methods)
 _register(diagnose, *diagnose_options())
 _register(eval, *evaluation_options())
 _register(demo)
-_COMMANDS = {command.name for command in app.registered_commands}
+_COMMANDS = [command.name or "" for command in app.registered_commands]

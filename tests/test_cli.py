@@ -310,6 +310,32 @@ def test_fisher_json(models: Models, tmp_path: Path, run: Run) -> None:
     assert [block["block"] for block in record["blocks"]] == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("mrege", "--base", "a"), "there is no command 'mrege': did you mean 'merge'?"),
+        (("evl", "merged"), "there is no command 'evl': did you mean 'eval'?"),
+        (("xyz",), f"there is no command 'xyz': known: {', '.join(COMMANDS)}"),
+        (("recipe.yaml",), "recipe recipe.yaml: No such file or directory"),
+        (("mine/recipe",), "recipe mine/recipe: No such file or directory"),
+    ],
+)
+def test_a_word_that_is_no_command(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    """Nor a file, which would be a recipe."""
+    monkeypatch.chdir(tmp_path)
+    is_command = message.startswith("there is no")
+    assert run(*arguments) == (2 if is_command else 1, "", f"streammerge: error: {message}\n")
+
+
+def test_a_recipe_may_have_the_name_of_no_command(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mrege").write_text("base: nowhere\n")
+    result = run("mrege", "--out", "out")
+    assert result.code == 1 and "no command" not in result.err and "models" in result.err
+
+
 # --- recipes ------------------------------------------------------------------------------------------------------
 
 
