@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -90,3 +91,29 @@ def test_the_picture() -> None:
     assert np.allclose(picture[..., 0], picture[..., 1]) and np.allclose(picture[..., 1], picture[..., 2])
     more = {**RESULT, "points": [*RESULT["points"], point(0.3, 60.0, False)]}
     assert sweep_plot(more) != raw
+
+
+def test_the_front_runs_through_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a number stands, the picture is the same with and without the line."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figures: list[Any] = []
+    monkeypatch.setattr(
+        import_module("streammerge.sweep.text"), "picture", lambda figure, form: figures.append(figure) or b""
+    )
+    near = [point(0.4, 30.0, True), point(0.5, 30.3, True), point(0.39, 30.1, False), point(0.9, 50.0, True)]
+    sweep_plot({**RESULT, "points": near})
+    (axis,) = figures[0].axes
+    front, canvas = axis.lines[0], FigureCanvasAgg(figures[0])
+    canvas.draw()
+    boxes = [text.get_window_extent() for text in axis.texts]
+    pictures = []
+    for visible in (True, False):
+        front.set_visible(visible)
+        canvas.draw()
+        pictures.append(np.asarray(canvas.buffer_rgba())[::-1].copy())  # rows from below, as boxes count
+    for box in boxes:
+        rows, columns = slice(int(box.y0), int(box.y1) + 1), slice(int(box.x0), int(box.x1) + 1)
+        assert (pictures[0][rows, columns] == pictures[1][rows, columns]).all()
+    assert (pictures[0] != pictures[1]).any()
