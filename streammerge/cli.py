@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 import streammerge
 from streammerge import signals
@@ -18,7 +20,7 @@ from streammerge.commands.eval import eval
 from streammerge.commands.fisher import fisher
 from streammerge.commands.merge import merge, plan
 from streammerge.commands.methods import methods
-from streammerge.commands.printing import safe_lines
+from streammerge.commands.printing import printed, safe_lines
 from streammerge.commands.push import push
 from streammerge.commands.sweep import sweep
 from streammerge.commands.verify import verify
@@ -32,9 +34,29 @@ from streammerge.options import (
     method_options,
     push_options,
 )
+from streammerge.schema import suggest
+
+
+class _FlagsWithoutValue:
+    """Typer shows a flag with the value <bool>, which it does not take."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class _Command(_FlagsWithoutValue, TyperCommand): ...
+
+
+class _Group(_FlagsWithoutValue, TyperGroup): ...
+
 
 app = typer.Typer(
     name="streammerge",
+    cls=_Group,
     help="Merge large language-model checkpoints, streamed: never two models in memory.\n\n"
     "Without a command, `merge` is meant: streammerge --base A --ft B --out merged",
     add_completion=False,
@@ -49,36 +71,76 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args:
         args = ["--help"]
     elif args[0] not in _COMMANDS and args[0] not in ("-h", "--help", "--version"):
+        if re.fullmatch("[A-Za-z_-]+", args[0]) and args[0][0] != "-" and not os.path.lexists(args[0]):
+            print(
+                f"streammerge: error: there is no command {args[0]!r}: {suggest(args[0], _COMMANDS)}", file=sys.stderr
+            )
+            return 2
         args = ["merge", *args]
+    status = 0
     try:
         app(args, prog_name="streammerge")
     except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
+        status = int(stop.code or 0)
+    except StreammergeError:  # with --debug
+        raise
+    except OSError:
+        if _has_arrived():
+            raise
+        status = 1  # help, which is printed by typer
+    return status or int(not _has_arrived())
+
+
+def _has_arrived() -> bool:
+    """Whether all that was printed went where standard output goes; if not, that is said."""
+    try:
+        with printed():
+            return True
+    except BrokenPipeError:
+        pass
+    except StreammergeError as error:
+        _say_error(error)
+    return False
 
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Errors of ours become one line and exit 1; Ctrl-C becomes advice and exit 130, SIGTERM and exit 143."""
 
     def run(debug: bool = False, **options: Any) -> None:
+        again = _given_again(command.__name__, options)
         try:
-            with signals.under_way(command.__name__):
+            with signals.under_way(again):
                 command(**options)
         except StreammergeError as error:
             if debug:
                 raise
-            print(f"streammerge: error: {safe_lines(str(error))}", file=sys.stderr)
+            _say_error(error)
             raise typer.Exit(1) from None
         except KeyboardInterrupt as stop:
-            signals.say_farewell(command.__name__)
+            signals.say_farewell(again)
             raise typer.Exit(stop.status if isinstance(stop, signals.Stopped) else 130) from None
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
 
     run.__doc__ = command.__doc__
     run.__name__ = command.__name__
     return run
+
+
+def _say_error(error: StreammergeError) -> None:
+    print(f"streammerge: error: {safe_lines(str(error))}", file=sys.stderr)
+
+
+def _given_again(command: str, options: Mapping[str, Any]) -> str:
+    """What a command that was stopped does when it is given again."""
+    if options.get("overwrite"):
+        return "begins anew, as --overwrite asks"
+    if command == "eval":
+        if options["out"] is None:
+            return "begins anew; with --out it would keep the tasks that are done"
+        return "goes on with the tasks that are not in --out; the one it was at starts over"
+    resumed = command in ("merge", "fisher", "push", "sweep") and not options.get("dry_run")
+    return "goes on where it was" if resumed else "begins anew"
 
 
 def _register(command: Callable[..., None], *extra: inspect.Parameter, like: Any = None, drop: str = "") -> None:
@@ -90,7 +152,7 @@ def _register(command: Callable[..., None], *extra: inspect.Parameter, like: Any
     run = _guarded(command)
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
     run.__annotations__ = {p.name: p.annotation for p in parameters}
-    app.command(command.__name__)(run)
+    app.command(command.__name__, cls=_Command)(run)
 
 
 def _version(value: bool) -> None:
@@ -119,4 +181,4 @@ _register(methods)
 _register(diagnose, *diagnose_options())
 _register(eval, *evaluation_options())
 _register(demo)
-_COMMANDS = {command.name for command in app.registered_commands}
+_COMMANDS = [command.name or "" for command in app.registered_commands]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from pydantic import BaseModel
@@ -236,10 +236,11 @@ def push_settings(options: dict[str, Any]) -> dict[str, Any]:
 
 def _setting_option(name: str, field: FieldInfo, panel: str, aliases: Sequence[str] = ()) -> inspect.Parameter:
     """The option of one field of a settings schema: a flag, a value, or for a list a value that may be repeated."""
-    value = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+    value = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
     default = "" if value in (None, False, [], PydanticUndefined) else f" (default: {value})"
     text = f"{(field.description or '')[:1].upper()}{(field.description or '')[1:]}{default}."
-    option = typer.Option(*(f"--{n.replace('_', '-')}" for n in (*aliases, name)), help=text, rich_help_panel=panel)
+    names = [f"--{n.replace('_', '-')}" for n in (*aliases, name)]
+    option = typer.Option(*names, help=text, rich_help_panel=panel, metavar=_value_shown(field))
     if field.annotation is bool:
         kind: Any = Annotated[bool, option]
     else:
@@ -247,3 +248,12 @@ def _setting_option(name: str, field: FieldInfo, panel: str, aliases: Sequence[s
         kind = Annotated[list[str] | None if several else str | None, option]
     unset = False if field.annotation is bool else None
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=unset, annotation=kind)
+
+
+def _value_shown(field: FieldInfo) -> str | None:
+    """What the help shows for the value, which is text until the settings are made of it."""
+    kinds = {field.annotation, *get_args(field.annotation)}
+    return next((f"<{name}>" for kind, name in _KINDS.items() if kind in kinds), None)
+
+
+_KINDS = {int: "int", float: "float", Path: "path"}

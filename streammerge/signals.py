@@ -25,7 +25,6 @@ from typing import Any
 GRACE_SECONDS = 1.25
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_RESUMED = ("merge", "fisher", "push", "eval", "sweep")
 
 
 class Stopped(KeyboardInterrupt):
@@ -44,13 +43,13 @@ class _Process:
     """What this process does about signals: there is one of it, as there is one handler of each signal.
 
     Attributes:
-        command: what is under way; None while nothing has begun.
+        again: what the command that is under way does when it is given again; None while nothing has begun.
         over: whether that has ended, with or without an error: there is nothing left to stop, or to say.
         raised: whether `Stopped` was raised.
     """
 
     def __init__(self) -> None:
-        self.command: str | None = None
+        self.again: str | None = None
         self.over = self.raised = False
         self._saying = Lock()  # once taken it is kept: the line is printed once
         self._arrivals: socket.socket | None = None
@@ -83,7 +82,7 @@ class _Process:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """In the main thread."""
         del frame
-        if self.command is None or self.over:
+        if self.again is None or self.over:
             self._end(number)
         elif not self.raised:
             self.raised = True
@@ -111,18 +110,17 @@ class _Process:
     def _end(self, number: int) -> None:
         if not self.over and self.may_say():
             end_of_bar = "\n" if sys.stderr.isatty() else ""
-            os.write(2, f"{end_of_bar}{farewell(self.command)}\n".encode())  # sys.stderr may be in use
+            os.write(2, f"{end_of_bar}{farewell(self.again)}\n".encode())  # sys.stderr may be in use
         os._exit(128 + number)
 
 
 _process = _Process()
 
 
-def farewell(command: str | None) -> str:
+def farewell(again: str | None) -> str:
     """What is said when a command stops: how to go on."""
-    if command is None:
+    if again is None:
         return "streammerge: stopped before anything was begun"
-    again = "goes on where it was" if command in _RESUMED else "begins anew"
     return f"streammerge: stopped; the same command {again}"
 
 
@@ -133,9 +131,13 @@ def take_over() -> None:
 
 
 @contextmanager
-def under_way(command: str) -> Iterator[None]:
-    """Within this a signal raises `Stopped`; before and after, where there is nothing to undo, it ends the process."""
-    _process.command, _process.over = command, False
+def under_way(again: str) -> Iterator[None]:
+    """Within this a signal raises `Stopped`; before and after, where there is nothing to undo, it ends the process.
+
+    Args:
+        again: what the same command does when it is given again, such as "begins anew".
+    """
+    _process.again, _process.over = again, False
     try:
         yield
     finally:
@@ -145,15 +147,15 @@ def under_way(command: str) -> Iterator[None]:
 def leave(status: int) -> None:
     """End the process if it was stopped: Python's own way out takes apart all it has imported, which takes seconds."""
     if _process.raised:
-        with suppress(OSError):  # nobody reads it any more
+        with suppress(OSError, AttributeError):  # nobody reads it any more; None where it was closed from the start
             sys.stdout.flush()
         os._exit(status)
 
 
-def say_farewell(command: str) -> None:
+def say_farewell(again: str) -> None:
     """Print how to go on, unless that was said already."""
     if not _process.watched or _process.may_say():
-        print(farewell(command), file=sys.stderr, flush=True)
+        print(farewell(again), file=sys.stderr, flush=True)
 
 
 def _is_command_line() -> bool:

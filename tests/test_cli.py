@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -34,7 +36,23 @@ import streammerge
 from streammerge import cli
 from streammerge.methods import METHODS
 
+<<<<<<< HEAD
 COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands
+=======
+NUMBERS = {
+    "eval": {
+        "--limit": "int",
+        "--samples": "int",
+        "--temperature": "float",
+        "--seed": "int",
+        "--max-new-tokens": "int",
+    },
+    "merge": {"--calibration-samples": "int", "--fisher-seed": "int", "--fisher-length": "int"},
+    "fisher": {"--samples": "int", "--seed": "int"},
+    "diagnose": {"--samples": "int", "--alpha": "float"},
+}
+COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+>>>>>>> polish-eval
 Merged = Callable[..., Path]
 
 
@@ -56,6 +74,16 @@ def test_help_lists_every_option_with_a_text(run: Run, monkeypatch: pytest.Monke
         start = parameter.help.replace("\\[", "[")[:30]
         assert [line for line in lines if option in line and start in line], option
     assert COMMANDS[name].help
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_shows_which_values_are_taken(run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """None by a flag, a number by what is one."""
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 400)
+    shown = run(*([name] if name else []), "--help").out
+    assert "--help" in shown and "<bool>" not in shown
+    for option, kind in NUMBERS.get(name, {}).items():
+        assert re.search(rf"{option}(,--[a-z-]+)? +<{kind}> ", shown), option
 
 
 NEW = {
@@ -286,6 +314,32 @@ def test_fisher_json(models: Models, tmp_path: Path, run: Run) -> None:
     assert [block["block"] for block in record["blocks"]] == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("mrege", "--base", "a"), "there is no command 'mrege': did you mean 'merge'?"),
+        (("evl", "merged"), "there is no command 'evl': did you mean 'eval'?"),
+        (("xyz",), f"there is no command 'xyz': known: {', '.join(COMMANDS)}"),
+        (("recipe.yaml",), "recipe recipe.yaml: No such file or directory"),
+        (("mine/recipe",), "recipe mine/recipe: No such file or directory"),
+    ],
+)
+def test_a_word_that_is_no_command(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    """Nor a file, which would be a recipe."""
+    monkeypatch.chdir(tmp_path)
+    is_command = message.startswith("there is no")
+    assert run(*arguments) == (2 if is_command else 1, "", f"streammerge: error: {message}\n")
+
+
+def test_a_recipe_may_have_the_name_of_no_command(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mrege").write_text("base: nowhere\n")
+    result = run("mrege", "--out", "out")
+    assert result.code == 1 and "no command" not in result.err and "models" in result.err
+
+
 # --- recipes ------------------------------------------------------------------------------------------------------
 
 
@@ -365,24 +419,38 @@ def test_debug_shows_a_traceback(models: Models, tmp_path: Path, run: Run) -> No
     assert plain.err.removeprefix("streammerge: error: ").strip() in debug.stderr.splitlines()[-1]
 
 
-STOPPED = {  # command: its arguments, and what the same command does
-    "merge": (("--base", "a", "--ft", "b", "--out", "c"), "goes on where it was"),
-    "fisher": (("--base", "a", "--out", "c"), "goes on where it was"),
-    "push": (("a", "org/a"), "goes on where it was"),
-    "plan": (("--base", "a", "--ft", "b"), "begins anew"),
-    "verify": (("a",), "begins anew"),
-    "diagnose": (("a", "--against", "b"), "begins anew"),
+PAIR = ("--base", "a", "--ft", "b")
+STOPPED = {  # the arguments, what is called, and what the same command does
+    "merge": (("merge", *PAIR, "--out", "c"), "merge", "goes on where it was"),
+    "merge anew": (("merge", *PAIR, "--out", "c", "--overwrite"), "merge", "begins anew, as --overwrite asks"),
+    "dry run": (("merge", *PAIR, "--dry-run"), "plan", "begins anew"),
+    "fisher": (("fisher", "--base", "a", "--out", "c"), "fisher", "goes on where it was"),
+    "push": (("push", "a", "org/a"), "push", "goes on where it was"),
+    "sweep": (("sweep", "mini_l2s", "--set", "density=0.1", "--out", "c"), "sweep", "goes on where it was"),
+    "plan": (("plan", *PAIR), "plan", "begins anew"),
+    "verify": (("verify", "a"), "verify", "begins anew"),
+    "diagnose": (("diagnose", "a", "--against", "b"), "diagnose", "begins anew"),
+    "methods": (("methods",), "catalogue.listing_text", "begins anew"),
+    "demo": (("demo", "--out", "c"), "demo.run", "begins anew"),
+    "eval": (("eval", "a"), "evaluate", "begins anew; with --out it would keep the tasks that are done"),
+    "eval with --out": (
+        ("eval", "--compare", "a", "b", "--out", "c"),
+        "compare",
+        "goes on with the tasks that are not in --out; the one it was at starts over",
+    ),
 }
 
 
-@pytest.mark.parametrize("command", STOPPED)
-def test_ctrl_c_exits_with_130_and_advice(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+@pytest.mark.parametrize(("arguments", "called", "again"), STOPPED.values(), ids=STOPPED)
+def test_ctrl_c_exits_with_130_and_advice(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], called: str, again: str
+) -> None:
     def stop(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(streammerge, command, stop)
-    arguments, again = STOPPED[command]
-    assert run(command, *arguments) == (130, "", f"streammerge: stopped; the same command {again}\n")
+    import_module("streammerge.demo")  # which its command imports no sooner than it is run
+    monkeypatch.setattr(f"streammerge.{called}", stop)
+    assert run(*arguments) == (130, "", f"streammerge: stopped; the same command {again}\n")
 
 
 def test_an_interrupted_merge_goes_on(
@@ -484,7 +552,45 @@ def test_a_closed_pipe_is_no_traceback(merged: Merged) -> None:
     command = [sys.executable, "-m", "streammerge", "verify", str(merged())]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert "Traceback" not in done.stderr
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [
+        (("methods", "--json"), ""),
+        (("methods",), "1"),
+        (("--help",), ""),
+        (("merge", "--help"), ""),
+        (("--version",), ""),
+    ],
+)
+def test_an_output_that_takes_nothing_is_one_line(arguments: tuple[str, ...], unbuffered: str) -> None:
+    full = "streammerge: error: standard output cannot be written: No space left on device\n"
+    assert into("/dev/full", *arguments, unbuffered=unbuffered) == (1, full)
+    assert into("", *arguments, unbuffered=unbuffered) == (1, "streammerge: error: standard output is closed\n")
+
+
+def test_what_is_complete_though_it_cannot_be_told(models: Models, tmp_path: Path) -> None:
+    pair = ("--base", str(models.base), "--ft", str(models.ft), "-m", "ties", "-q", "--out")
+    whole, out, other = (tmp_path / name for name in ("whole", "out", "other"))
+    assert into(os.devnull, *pair, str(whole)) == (0, "")
+    end = "; the merge is complete: "
+    line = f"streammerge: error: standard output cannot be written: No space left on device{end}{out}\n"
+    assert into("/dev/full", *pair, str(out)) == (1, line)
+    assert into("", *pair, str(other)) == (1, f"streammerge: error: standard output is closed{end}{other}\n")
+    for folder in (out, other):
+        assert (folder / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+
+
+def into(output: str, *arguments: str, unbuffered: str = "") -> tuple[int, str]:
+    """Exit status and standard error with standard output going there; closed where that is nowhere."""
+    command = shlex.join([sys.executable, "-m", "streammerge", *arguments])
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        f"{command} >{output or '&-'}", shell=True, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    return done.returncode, done.stderr
 
 
 def test_an_option_overrides_a_per_model_value_of_the_recipe(models: Models, tmp_path: Path, run: Run) -> None:

@@ -10,8 +10,13 @@ from pydantic import Field, ValidationError, field_validator
 from streammerge import DiagnoseSettings, EvaluationSettings, FisherSettings, PushSettings, Recipe
 from streammerge.calibration.store import CalibrationSettings
 from streammerge.errors import RecipeError
+<<<<<<< HEAD
 from streammerge.methods import METHODS
 from streammerge.schema import Strict, build, suggest
+=======
+from streammerge.evaluation.settings import EvaluationSettings
+from streammerge.schema import Strict, build, build_from_options, suggest
+>>>>>>> polish-eval
 
 
 class Inner(Strict):
@@ -144,3 +149,12 @@ def test_a_huge_value_is_cut() -> None:
 )
 def test_suggest(word: str, known: Any, text: str) -> None:
     assert suggest(word, known) == text
+
+
+def test_what_is_wrong_with_options_is_told_by_their_names() -> None:
+    with pytest.raises(RecipeError) as caught:
+        build_from_options(EvaluationSettings, {"max_new_tokens": "0", "temperature": "nan", "seed": str(2**63)})
+    assert str(caught.value) == (
+        "--temperature nan: a finite number; --seed 9223372036854775808: below 9223372036854775808; "
+        "--max-new-tokens 0: at least 1"
+    )

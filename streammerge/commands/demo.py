@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from streammerge.commands.printing import printed
 from streammerge.options import Quiet
 
 
@@ -17,4 +18,5 @@ def demo(
     """Merge a small long-to-short pair by six methods, and show what each keeps of accuracy and length."""
     from streammerge.demo import run
 
-    run(out, progress=not quiet)
+    with printed(f"the merges are in {out}"):
+        run(out, progress=not quiet)

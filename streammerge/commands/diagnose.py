@@ -8,8 +8,10 @@ import typer
 
 import streammerge
 from streammerge.commands.printing import show
+from streammerge.diagnose.settings import DiagnoseSettings
 from streammerge.diagnose.text import diagnose_text
 from streammerge.options import Against, AsJson, Device, Hub, Plot, Quiet, TrustRemoteCode, diagnose_settings
+from streammerge.schema import build_from_options
 from streammerge.text import all_visible
 
 
@@ -31,7 +33,7 @@ def diagnose(
     result = streammerge.diagnose(
         model,
         against,
-        diagnose_settings(options),
+        build_from_options(DiagnoseSettings, diagnose_settings(options)),
         hub_mode=hub_mode,
         device=device,
         trust_remote_code=trust_remote_code,

@@ -11,8 +11,10 @@ import typer
 import streammerge
 from streammerge.commands.printing import show
 from streammerge.evaluation.run import BATCH_SIZE
+from streammerge.evaluation.settings import EvaluationSettings
 from streammerge.evaluation.text import comparison_text, evaluation_text
 from streammerge.options import AsJson, Device, Overwrite, Quiet, TrustRemoteCode, evaluation_settings
+from streammerge.schema import build_from_options
 from streammerge.text import all_visible
 
 
@@ -57,7 +59,12 @@ def eval(
         raise typer.BadParameter("several models go with --compare", param_hint="MODEL")
     call = partial(streammerge.compare, models) if compare else partial(streammerge.evaluate, models[0])
     result = call(
+<<<<<<< HEAD
         evaluation_settings(options),
+=======
+        models if compare else models[0],  # type: ignore[arg-type]
+        build_from_options(EvaluationSettings, evaluation_settings(options)),
+>>>>>>> polish-eval
         out=out,
         device=device,
         batch_size=batch_size,
@@ -65,4 +72,6 @@ def eval(
         overwrite=overwrite,
         progress=not quiet,
     )
-    show(result if json else (comparison_text if compare else evaluation_text)(all_visible(result)))
+    text = comparison_text if compare else evaluation_text
+    done = "" if out is None else f"the results are in {out}"
+    show(result if json else text(all_visible(result)), done)

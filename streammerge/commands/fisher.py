@@ -28,7 +28,7 @@ from streammerge.options import (
     fisher_settings,
 )
 from streammerge.report import fisher_rows, table
-from streammerge.schema import build
+from streammerge.schema import build_from_options
 from streammerge.text import visible
 from streammerge.units import parse_size
 
@@ -61,7 +61,7 @@ def fisher(
     record = streammerge.fisher(
         model,
         out,
-        build(FisherSettings, fisher_settings(options), "Fisher settings"),
+        build_from_options(FisherSettings, fisher_settings(options)),
         hub_mode=hub_mode,
         device=device,
         max_vram=parse_size(max_vram, "--max-vram") if max_vram else None,
@@ -72,7 +72,7 @@ def fisher(
         check_disk=not no_disk_check,
         progress=not quiet,
     )
-    show(record.model_dump() if json else _fisher_text(record, out))
+    show(record.model_dump() if json else _fisher_text(record, out), f"the Fisher in {out} is complete")
 
 
 def _fisher_text(record: FisherRecord, out: Path) -> str:

@@ -156,7 +156,7 @@ def merge(
         report=not no_report,
         progress=not quiet,
     )
-    show(result if json else _merged_text(all_visible(result), out))
+    show(result if json else _merged_text(all_visible(result), out), _done(result, out))
 
 
 def plan(**options: Any) -> None:
@@ -215,6 +215,11 @@ def _without(models: Any, given: dict[str, Any]) -> Any:
 def _plain(values: list[str]) -> Any:
     """One value for all, or a list with one per fine-tuned model."""
     return values[0] if len(values) == 1 else values
+
+
+def _done(result: dict[str, Any], out: Path | None) -> str:
+    places = [str(out)] if out is not None else []
+    return f"the merge is complete: {' and '.join([*places, *([result['push']['url']] if 'push' in result else [])])}"
 
 
 def _merged_text(result: dict[str, Any], out: Path | None) -> str:

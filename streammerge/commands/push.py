@@ -25,7 +25,8 @@ def push(
     Example: streammerge push merged my-name/merged --private
     """
     result = streammerge.push(folder, repository, **push_settings(options), progress=not quiet)
-    show(result if json else pushed_text(all_visible(result)))
+    text = pushed_text(all_visible(result))
+    show(result if json else text, text)
 
 
 def pushed_text(result: dict[str, Any]) -> str:

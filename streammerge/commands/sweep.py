@@ -34,7 +34,7 @@ def sweep(
     evaluation: Annotated[
         str, typer.Option("--eval", help=f"What the merged models are scored by: {', '.join(EVALUATIONS)}.")
     ] = MINI,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score by this many problems. (default: all)")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score by the first N problems only.")] = None,
     one_by_one: Annotated[
         bool, typer.Option("--one-by-one", help="The recipe as it is, and each key varied alone: an ablation.")
     ] = False,
@@ -78,4 +78,4 @@ def sweep(
         progress=not quiet,
     )
     where = f"all of it in {visible(str(out))}: sweep.md, sweep.json"
-    show(result if json else f"{sweep_text(all_visible(result))}\n{where}")
+    show(result if json else f"{sweep_text(all_visible(result))}\n{where}", f"the sweep is complete, {where}")

@@ -37,16 +37,19 @@ def compare(
 
     Args:
         models: folders of results, as `evaluate` writes them with `out`; or models, which are evaluated now.
-        settings: of those that are evaluated; `tasks` also chooses which tasks are shown.
+        settings: of those that are evaluated; `tasks` also chooses which tasks are shown. Without it they are those of
+            the folders of results, and where there is no such folder the papers' six.
         out: folder for compare.json and compare.md; every model that is evaluated gets a folder in it.
         device, batch_size, trust_remote_code, overwrite, progress: as for `evaluate`.
 
     Returns:
-        Plain values: version, `tasks` (names), and `models`: a mapping each of name, model (id and revision), `tasks`
+        Plain values: version, `tasks` (names), by task `problems` (where they are from, how many `rows` there are) and
+        `settings` (how responses were drawn), and `models`: a mapping each of name, model (id and revision), `tasks`
         (name -> scores) and `average`, which is None where a task is missing.
 
     Raises:
-        RecipeError: fewer than two models, or one twice; results of different problems or settings, all differences.
+        RecipeError: fewer than two models, or one twice; results of different problems or settings, all differences;
+            no tasks are named, a model is to be evaluated, and the folders of results hold different ones.
         OutputExistsError, CheckpointError, TransferError: as for `evaluate`.
     """
     if isinstance(models, str | os.PathLike):
@@ -63,6 +66,7 @@ def compare(
         check_folder(Path(out))
     if fresh:
         how.check()
+        settings = _with_tasks(settings, saved)
     problems = load_all(settings) if fresh else {}
     with ExitStack() as stack:
         evaluations = {}
@@ -77,11 +81,25 @@ def compare(
             for model in given
         }
         _require_alike(identities, shown)
+<<<<<<< HEAD
         rows = [
             _row(names[model], evaluations[model].run() if model in evaluations else saved[model], shown)
             for model in given
         ]
     result = {"version": __version__, "tasks": shown, "models": rows}
+=======
+        records = {names[model]: evaluations[model].run() if model in evaluations else saved[model] for model in models}
+    measured = {task: record for task in shown for of in records.values() if (record := of.get(task)) is not None}
+    if not measured:
+        raise RecipeError(f"--compare: no folder holds a result of {' or '.join(shown)}")
+    result = {
+        "version": __version__,
+        "tasks": shown,
+        "problems": {task: record["problems"] for task, record in measured.items()},
+        "settings": {task: record["identity"]["settings"] for task, record in measured.items()},
+        "models": [_row(name, of, shown) for name, of in records.items()],
+    }
+>>>>>>> polish-eval
     if out is not None:
         texts = {"json": json.dumps(result, indent=2) + "\n", "md": comparison_markdown(all_visible(result))}
         write_files(Path(out), {f"{COMPARISON}.{end}": text for end, text in texts.items()})
@@ -100,6 +118,21 @@ def _names(models: Sequence[str]) -> dict[str, str]:
         if len(set(names.values())) == len(models):
             return names
     return {model: f"model-{number}" for number, model in enumerate(models, 1)}
+
+
+def _with_tasks(settings: EvaluationSettings, saved: Mapping[str, Mapping[str, Record]]) -> EvaluationSettings:
+    """What the other models are evaluated on where no tasks are named: on what the results there are about."""
+    held = {folder: [task for task in TASKS if task in results] for folder, results in saved.items() if results}
+    if not held or "tasks" in settings.model_fields_set:
+        return settings
+    (first, tasks), *others = held.items()
+    for folder, found in others:
+        if found != tasks:
+            raise RecipeError(
+                f"--compare: {first} holds {', '.join(tasks)}, {folder} {', '.join(found)}: give --tasks to say on "
+                "which the other models are evaluated"
+            )
+    return settings.model_copy(update={"tasks": tuple(tasks)})
 
 
 def _shown(settings: EvaluationSettings, saved: Mapping[str, Mapping[str, Record]], any_fresh: bool) -> list[str]:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
+from urllib.parse import quote
 
 from streammerge.checkpoints import disk
 from streammerge.errors import RecipeError, TransferError
 from streammerge.evaluation.task_files import HubFile, TaskFile
-from streammerge.hub.tries import hub_errors, persist
+from streammerge.hub.remote import Remote, Tally
+from streammerge.hub.repository import FIRST_TRIES
+from streammerge.hub.tries import PassingError, hub_errors, persist
 from streammerge.mini_l2s.problems import scored_problems
 
 _QUESTIONS = ("question", "problem")
@@ -55,7 +60,8 @@ def load_problems(task: TaskFile, data: Path | None, limit: int | None) -> Probl
         place = {"repository": task.hub.repository, "revision": task.hub.revision, "file": task.hub.name}
         name = f"data set {task.hub.repository}, file {task.hub.name}"
     else:
-        return _own_problems(limit)
+        own = _own_problems()
+        return Problems(own.rows[:limit], own.source)
     try:
         raw = disk.read_file(path)
     except OSError as error:
@@ -142,9 +148,9 @@ def _rows(raw: bytes, name: str) -> list[dict[str, str]]:
     return rows
 
 
-def _own_problems(limit: int | None) -> Problems:
+def _own_problems() -> Problems:
     """Those that `mini_l2s.score` asks, in their order."""
-    rows = [{"question": asked.question, "answer": str(asked.answer)} for asked in scored_problems(limit)]
+    rows = [{"question": asked.question, "answer": str(asked.answer)} for asked in scored_problems()]
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     source = {"generator": scored_problems.__module__, "sha256": digest, "rows": len(rows), "papers_file": False}
     return Problems(rows, source)
@@ -169,8 +175,36 @@ def _download(file: HubFile) -> Path:
     if constants.is_offline_mode():
         raise TransferError(f"{where}: not in the local cache, and the Hub cannot be reached (offline?): give --data")
 
+    url = f"{constants.ENDPOINT}/datasets/{file.repository}/resolve/{file.revision}/{quote(file.name)}"
+    remote = Remote(url, f"data set {file.repository}", where, Tally())
+
+    def ask() -> None:
+        with remote.get({}):
+            pass
+
     def attempt() -> Path:
         with hub_errors(f"data set {file.repository}", where):
             return Path(hf_hub_download(file.repository, file.name, repo_type="dataset", revision=file.revision))
 
-    return persist(lambda: where, attempt, Event())
+    try:
+        persist(lambda: where, ask, Event(), tries=FIRST_TRIES)  # the client would try for half a minute, aloud
+        with _quiet_client():
+            return persist(lambda: where, attempt, Event())
+    except TransferError as error:
+        if not isinstance(error.__cause__, PassingError):
+            raise
+        raise TransferError(
+            f"{where}: the Hub cannot be reached ({error.__cause__}): try again later, or give --data FOLDER"
+        ) from error
+
+
+@contextmanager
+def _quiet_client() -> Iterator[None]:
+    """Keep the lines off the terminal that the Hub's client logs whenever it tries again."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -91,8 +91,9 @@ def evaluate(
         progress: show progress bars on standard error.
 
     Returns:
-        Plain values: version, model (id and revision), settings, `tasks` (name -> see `task_scores`), `average` of
-        accuracy, mean_length and truncated: unweighted over the tasks. Shares from 0 to 1, lengths in tokens.
+        Plain values: version, model (id and revision), settings, `problems` (name -> where they are from, how many
+        `rows` there are), `tasks` (name -> see `task_scores`), `average` of accuracy (with its stderr), mean_length and
+        truncated: unweighted over the tasks. Shares from 0 to 1, lengths in tokens.
 
     Raises:
         RecipeError: no such task, file or device; a row that is no problem; settings that make no sense; the packages
@@ -115,6 +116,7 @@ def evaluate(
         "version": __version__,
         "model": {"id": identity["id"], "revision": identity["revision"]},
         "settings": settings.model_dump(mode="json"),
+        "problems": {name: record["problems"] for name, record in records.items()},
         "tasks": {name: record["scores"] for name, record in records.items()},
         "average": averages(record["scores"] for record in records.values()),
     }

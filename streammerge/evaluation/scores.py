@@ -37,10 +37,19 @@ def task_scores(solved: Sequence[Solved]) -> dict[str, Any]:
     }
 
 
-def averages(tasks: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Unweighted means over the tasks, as the papers have them: a task of 30 problems counts as one of 3000."""
+def averages(tasks: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Unweighted means over the tasks, as the papers have them: a task of 30 problems counts as one of 3000.
+
+    `stderr` is the accuracy's, from those of the tasks, whose problems have nothing to do with each other; None where
+    one of them has none.
+    """
     tasks = list(tasks)
-    return {key: _mean(scores[key] for scores in tasks) for key in AVERAGED}
+    errors = [scores["stderr"] for scores in tasks]
+    known = None not in errors
+    return {
+        **{key: _mean(scores[key] for scores in tasks) for key in AVERAGED},
+        "stderr": math.hypot(*errors) / len(errors) if known else None,
+    }
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -36,7 +36,7 @@ class EvaluationSettings(Strict):
         return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
     def check(self) -> None:
-        """Refuse tasks that there are not, and votes that would all be the same.
+        """Refuse tasks that there are not, votes that would all be the same, and a seed of nothing.
 
         Raises:
             RecipeError: what is wrong, in one line.
@@ -50,5 +50,7 @@ class EvaluationSettings(Strict):
             raise RecipeError(
                 f"--samples {self.samples}: greedy responses are all the same: give a --temperature, in the papers 0.3"
             )
+        if "seed" in self.model_fields_set and self.temperature == 0:
+            raise RecipeError(f"--seed {self.seed}: nothing is drawn in greedy responses: give a --temperature too")
         if self.data is not None and not self.data.is_dir():
             raise RecipeError(f"--data {self.data}: there is no such folder")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 COMPARISON = "compare"
 _OURS = {f"{task}{end}" for task in TASKS for end in (".json", ".responses.jsonl")}
 _OURS |= {f"{COMPARISON}.json", f"{COMPARISON}.md"}
+_SHOWN = {"accuracy", "stderr", "mean_length", "truncated", "problems"}
 _TEXTS = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
@@ -83,9 +84,10 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
                 raw = disk.read_file(path)
             try:
                 record = parse_object(raw, str(path))
-                if record["task"] != task or not {"accuracy", "mean_length", "truncated"} <= record["scores"].keys():
+                if record["task"] != task or not record["scores"].keys() >= _SHOWN:
                     raise KeyError(task)
-                _ = record["identity"]["model"]["id"]
+                _ = record["identity"]["model"]["id"], record["identity"]["settings"]["temperature"]
+                _ = record["problems"]["rows"], record["problems"]["papers_file"]
             except (HeaderError, KeyError, TypeError, AttributeError):
                 raise CheckpointError(
                     f"{path}: no result of `streammerge eval`: remove it, or evaluate again"

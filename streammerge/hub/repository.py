@@ -17,7 +17,7 @@ from streammerge.hub.tries import PassingError
 from streammerge.names import unsafe_name
 
 _MOST_LISTING_BYTES = 100_000_000
-_TRIES = 4  # at the first contact with a Hub, which may simply not be there
+FIRST_TRIES = 4  # at the first contact with a Hub, which may simply not be there
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def resolve(id: str, revision: str | None, tally: Tally) -> Pinned:
     revision_path = f"/revision/{quote(revision, safe='')}" if revision else ""
     url = f"{constants.ENDPOINT}/api/models/{id}{revision_path}?blobs=true"
     try:
-        body = Remote(url, model, model, tally).body(_MOST_LISTING_BYTES, Event(), tries=_TRIES)
+        body = Remote(url, model, model, tally).body(_MOST_LISTING_BYTES, Event(), tries=FIRST_TRIES)
     except TransferError as error:
         if not isinstance(error.__cause__, PassingError):
             raise

@@ -29,7 +29,7 @@ def score(
 
     Args:
         folder: a checkpoint of the pair's shape and tokenizer, such as a merge of the two.
-        limit: how many problems, the first of a fixed order; 250 by default.
+        limit: only the first so many of the 250 problems.
         split: "heldout", which no training draws; or "validation", on which whatever is tuned should be.
         progress: show a progress bar on standard error.
 

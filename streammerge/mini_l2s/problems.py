@@ -22,7 +22,7 @@ STEPS = range(2, 6)
 """How many steps a problem has."""
 
 SCORED = 250
-"""How many problems are scored where nothing else is said: a standard error of at most 3.2 points."""
+"""How many problems are scored, or fewer: a standard error of at most 3.2 points."""
 
 SCORED_SEED = 1
 """Of the problems that are scored, the same for every model. Those of seed 0 were seen while the training was tuned."""
@@ -105,8 +105,8 @@ def problems(split: Split, seed: int) -> Iterator[Problem]:
 
 
 def scored_problems(limit: int | None = None, split: Split = "heldout") -> list[Problem]:
-    """The problems that every model is scored on: the first so many of a fixed order."""
-    return list(islice(problems(split, SCORED_SEED), SCORED if limit is None else limit))
+    """The problems that every model is scored on: SCORED in a fixed order, or only the first so many of them."""
+    return list(islice(problems(split, SCORED_SEED), SCORED if limit is None else min(limit, SCORED)))
 
 
 def _draw_problem(draw: Random) -> Problem:

@@ -27,7 +27,11 @@ figure { margin: 0; break-inside: avoid; }
 figure svg { display: block; width: 100%; max-width: 38rem; height: auto; fill: var(--ink); }
 figcaption, caption, .told { color: var(--soft); font-size: .875rem; }
 caption { text-align: left; padding-bottom: .25rem; }
-.wide { overflow-x: auto; margin: 1rem 0; }
+.wide { overflow-x: auto; margin: 1rem 0; background:
+  linear-gradient(to right, var(--paper) 50%, transparent) left / 2.5rem 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 50%, transparent) right / 2.5rem 100% no-repeat local,
+  linear-gradient(to right, var(--soft), transparent) left / .5rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--soft), transparent) right / .5rem 100% no-repeat scroll; }
 .wide:focus-visible, summary:focus-visible { outline: 2px solid var(--ink); }
 table { border-collapse: collapse; }
 th, td { padding: .2rem .75rem .2rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
@@ -35,6 +39,7 @@ th:first-child { text-align: left; }
 tbody th { font-weight: normal; }
 thead th { vertical-align: bottom; }
 table.words :is(th, td) { text-align: left; }
+table.wraps td { white-space: normal; min-width: 8rem; }
 details { margin: 1rem 0; }
 summary { cursor: pointer; }
 """
@@ -76,18 +81,23 @@ def figures(drawn: Sequence[str]) -> str:
     return '<div class="figures">\n' + "\n".join(drawn) + "\n</div>" if drawn else ""
 
 
-def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[object]], *, words: bool = False) -> str:
-    """A table of texts that scrolls sideways by itself; the first column names the rows, numbers go to the right.
+def table(
+    caption: str, header: Sequence[str], rows: Sequence[Sequence[object]], *, words: bool = False, wraps: bool = False
+) -> str:
+    """A table of texts that scrolls sideways by itself, with a shade at the edge behind which there is more of it; the
+    first column names the rows, numbers go to the right.
 
     Args:
         words: the cells are words, and go to the left.
+        wraps: those after the first take several lines where there is little room.
     """
     heads = "".join(f'<th scope="col">{escaped(cell)}</th>' for cell in header)
     lines = "\n".join(
         f'<tr><th scope="row">{escaped(first)}</th>' + "".join(f"<td>{escaped(cell)}</td>" for cell in rest) + "</tr>"
         for first, *rest in rows
     )
-    kind = ' class="words"' if words else ""
+    classes = " ".join(["words"] * words + ["wraps"] * wraps)
+    kind = f' class="{classes}"' if classes else ""
     return (
         f'<div class="wide" role="region" aria-label="{escaped(caption)}" tabindex="0">\n<table{kind}>\n'
         f"<caption>{escaped(caption)}</caption>\n<thead><tr>{heads}</tr></thead>\n<tbody>\n{lines}\n</tbody>\n"

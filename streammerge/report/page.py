@@ -233,7 +233,7 @@ def _recipe(result: Mapping[str, Any]) -> str:
     ]
     return section(
         "Recipe and sources",
-        table("Sources", ["role", "model", "revision", "fingerprint"], sources, words=True),
+        table("Sources", ["role", "model", "revision", "fingerprint"], sources, words=True, wraps=True),
         f"<pre>{lines.strip()}</pre>",
     )
 

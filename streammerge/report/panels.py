@@ -83,15 +83,34 @@ def size_panel(rows: Sequence[Mapping[str, Any]]) -> Any | None:
             own = [row for row in rows if row.get("expert") == expert]
             blocks, values = [row["block"] for row in own], [row.get(key) or math.nan for row in own]
             axis.plot(blocks, values, **style(number, len({*blocks}) == len(blocks)), label=f"model {number + 1}")
-        axis.set_yscale("log")
         over_blocks(axis, label)
-        axis.tick_params(axis="y", which="minor", labelsize=7)
+        _log_scale(axis)
         if len(experts) > 1:
             axis.legend(fontsize=8)
         if axis is not axes[-1]:
             axis.tick_params(labelbottom=False)
     axes[-1].set_xlabel("decoder block")
     return figure
+
+
+def _log_scale(axis: Any) -> None:
+    """A log scale with a few ticks: within a decade matplotlib would label all of 2, 3, 4, ..., one over another."""
+    from matplotlib.ticker import FixedLocator, LogFormatterSciNotation, LogLocator, MaxNLocator, NullFormatter
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    decades = math.log10(high / low)
+    if decades < 1:
+        for count in range(3, 9):
+            ticks = [tick for tick in MaxNLocator(count).tick_values(low, high) if low <= tick <= high]
+            if len(ticks) > 1:
+                break
+        axis.yaxis.set_major_locator(FixedLocator(ticks))
+    else:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0) if decades < 2.5 else (1.0,), numticks=4))
+    axis.yaxis.set_major_formatter(LogFormatterSciNotation(minor_thresholds=(math.inf, math.inf)))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.tick_params(axis="y", labelsize=8)
 
 
 def strip_panel(

@@ -70,7 +70,8 @@ def sweep_markdown(result: Mapping[str, Any], plot: str | None) -> str:
     """The page; `plot` names the picture beside it."""
     header, rows = sweep_rows(result)
     base, *models = [_plain(source["id"]) for source in result["sources"]]
-    limit = "" if result["limit"] is None else f", the first {result['limit']} problems"
+    asked = result["points"][0]["scores"].get("problems", result["limit"])  # there may be fewer than the limit
+    limit = "" if result["limit"] is None else f", the first {asked} problems"
     lines = [
         f"# Sweep: {' and '.join(models)} into {base}",
         f"By streammerge {result['version']}, evaluation {_plain(result['evaluation'])}{limit}; a star is on the "
@@ -96,14 +97,18 @@ def sweep_plot(result: Mapping[str, Any]) -> bytes:
         places = [(point["scores"]["mean_length"], 100 * point["scores"]["accuracy"]) for point in result["points"]]
         on = [point["front"] for point in result["points"]]
         front = sorted(place for place, best in zip(places, on, strict=True) if best)
-        axis.plot(*zip(*front, strict=True), color="black", linewidth=1, linestyle="--", drawstyle="steps-post")
+        joined = {"color": "black", "linewidth": 1, "linestyle": "--", "drawstyle": "steps-post", "zorder": 1.6}
+        axis.plot(*zip(*front, strict=True), **joined)
         for best in (True, False):
             shown = [place for place, is_best in zip(places, on, strict=True) if is_best is best]
             if shown:
                 filled = "black" if best else "white"
                 axis.scatter(*zip(*shown, strict=True), marker="o", s=28, color=filled, edgecolor="black", zorder=2)
-        for number, place in enumerate(places, 1):
-            axis.annotate(str(number), place, xytext=(4, 4), textcoords="offset points", fontsize=8)
+        paper = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}  # over the line, under dots
+        for number, (place, best) in enumerate(zip(places, on, strict=True), 1):
+            # Away from the front: it leaves a point to the right, and comes from below.
+            away = {"xytext": (-4, 4), "ha": "right"} if best else {"xytext": (4, -4), "va": "top"}
+            axis.annotate(str(number), place, textcoords="offset points", fontsize=8, bbox=paper, zorder=1.7, **away)
         axis.set(xlabel="mean length, tokens", ylabel=f"accuracy on {drawable(result['evaluation'])}, %")
         axis.margins(0.08)
         axis.grid(color="0.85")

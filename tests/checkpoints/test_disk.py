@@ -27,7 +27,7 @@ ELSEWHERE = {
     "checkpoints/files.py": "asks for the size of a small file",
     "checkpoints/output.py": "reads the manifest of what is to be replaced",
     "checkpoints/disk_space.py": "asks how much room files take",
-    "cli.py": "closes a standard output that nobody reads",
+    "commands/printing.py": "closes a standard output that takes nothing",
     "demo.py": "makes the folder of the demonstration",
     "diagnose/plot.py": "writes the plot of a diagnosis",
     "fisher/device_map.py": "reads the user's device map",

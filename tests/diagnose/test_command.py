@@ -182,12 +182,21 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         "--rank says nothing with --nonlinearity",
     ),
     "field alone": (("{ft}", "--against", "{base}", "--text-field", "a"), "--text-field says nothing without --text"),
+<<<<<<< HEAD
     "alpha": (("{ft}", "--against", "{base}", "--nonlinearity", "--alpha", "1.5"), "alpha: must be at most 1"),
     "rank": (("{ft}", "--against", "{base}", "--rank", "full"), "rank: must be 'eigenvalues' or 'singular'"),
     "samples": (("{ft}", "--against", "{base}", "--samples", "0"), "samples: must be at least 1"),
     "length": (("{ft}", "--against", "{base}", "--length", "1"), "length: must be at least 2"),
     "seed": (("{ft}", "--against", "{base}", "--seed", "9" * 30), "seed: "),
     "dtype": (("{ft}", "--against", "{base}", "--compute-dtype", "int8"), "compute_dtype: must be 'bfloat16',"),
+=======
+    "alpha": (("{ft}", "--against", "{base}", "--nonlinearity", "--alpha", "1.5"), "--alpha 1.5: at most 1"),
+    "rank": (("{ft}", "--against", "{base}", "--rank", "full"), "--rank full: 'eigenvalues' or 'singular'"),
+    "samples": (("{ft}", "--against", "{base}", "--samples", "0"), "--samples 0: at least 1"),
+    "length": (("{ft}", "--against", "{base}", "--length", "1"), "--length 1: at least 2"),
+    "seed": (("{ft}", "--against", "{base}", "--seed", "9" * 30), "--seed 999"),
+    "dtype": (("{ft}", "--against", "{base}", "--compute-dtype", "int8"), "--compute-dtype int8: "),
+>>>>>>> polish-eval
     "device": (("{ft}", "--against", "{base}", "--device", "warp"), "--device warp: there is no such device here"),
     "meta": (("{ft}", "--against", "{base}", "--device", "meta"), "--device meta: models run on cpu or cuda"),
     "no text": (("{ft}", "--against", "{base}", "--text", "{no}"), "--text {no}: No such file"),

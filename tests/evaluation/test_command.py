@@ -34,7 +34,7 @@ def test_numbers_by_hand(sevens: Path, data: Path, run: Run) -> None:
     half = {"accuracy": 0.5, "stderr": math.sqrt(0.25 / 3), "sample_accuracy": 0.5, "problems": 4, **common}
     whole = {"accuracy": 1.0, "stderr": None, "sample_accuracy": 1.0, "problems": 1, **common}
     assert found["tasks"] == {"gsm8k": half, "math500": whole}
-    assert found["average"] == {"accuracy": 0.75, "mean_length": 9.0, "truncated": 0.0}
+    assert found["average"] == {"accuracy": 0.75, "mean_length": 9.0, "truncated": 0.0, "stderr": None}
     assert found["model"] == {"id": str(sevens), "revision": None}
 
 
@@ -43,12 +43,12 @@ def test_the_table(sevens: Path, data: Path, run: Run) -> None:
     assert result.out.splitlines() == [
         "task     accuracy    +-  length  truncated  no answer",
         "-------  --------  ----  ------  ---------  ---------",
-        "gsm8k        66.7  33.3       8      100.0        0.0",
-        "math500     100.0     -       8      100.0        0.0",
-        "average      83.3             8      100.0",
+        "gsm8k        66.7  33.3     8.0      100.0        0.0",
+        "math500     100.0     -     8.0      100.0        0.0",
+        "average      83.3     -     8.0      100.0",
         "",
-        "problems: 3 of gsm8k, 1 of math500",
-        "accuracy and truncated in %, length in tokens of the model's own tokenizer",
+        "problems: 3 of the 4 of gsm8k, all 1 of math500; not the papers' files",
+        "accuracy and truncated in %, length in tokens of the model's own tokenizer; +- is the standard error",
     ]
 
 
@@ -138,7 +138,8 @@ def test_an_interrupted_run_goes_on(
 
     monkeypatch.setattr(Harness, "run", counted)
     stopped = run(*options, "--out", tmp_path / "out")
-    assert (stopped.code, stopped.err) == (130, "streammerge: stopped; the same command goes on where it was\n")
+    again = "goes on with the tasks that are not in --out; the one it was at starts over"
+    assert (stopped.code, stopped.err) == (130, f"streammerge: stopped; the same command {again}\n")
     assert {*content(tmp_path / "out")} == {"gsm8k.json", "gsm8k.responses.jsonl"}
     assert run(*options, "--out", tmp_path / "out", "--json").out == whole
     assert ran == ["gsm8k", "math500", "math500"]
@@ -186,8 +187,19 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "no folder": (("--data", "{tmp}/nowhere"), "--data {tmp}/nowhere: there is no such folder"),
     "no file": (("--tasks", "aime24"), "--data {data}: task aime24: there is no aime24.jsonl and no aime24/test.jsonl"),
     "greedy votes": (("--samples", "16"), "--samples 16: greedy responses are all the same: give a --temperature"),
+<<<<<<< HEAD
     "no number": (("--limit", "many"), "limit: must be a whole number"),
     "no limit": (("--limit", "0"), "limit: must be at least 1"),
+=======
+    "greedy seed": (("--seed", "3"), "--seed 3: nothing is drawn in greedy responses: give a --temperature too\n"),
+    "no number": (("--limit", "many"), "error: --limit many: no whole number\n"),
+    "no temperature": (("--temperature", "warm"), "error: --temperature warm: no number\n"),
+    "no limit": (("--limit", "0"), "error: --limit 0: at least 1\n"),
+    "too many": (
+        ("--samples", "1025", "--max-new-tokens", "0"),
+        "--samples 1025: at most 1024; --max-new-tokens 0: at",
+    ),
+>>>>>>> polish-eval
     "foreign folder": (("--out", "{tmp}/foreign"), "output folder {tmp}/foreign holds 'notes.txt', which is no result"),
     "file": (("--out", "{tmp}/foreign/notes.txt"), "output {tmp}/foreign/notes.txt is a file"),
     "in the model": (("--out", "{model}/results"), "output folder {model}/results lies in the model"),

@@ -12,6 +12,7 @@ import datasets
 import pytest
 from evaluation.conftest import WriteRows
 from huggingface_hub import close_session, constants
+from tiny_models import Run
 
 from streammerge.errors import CheckpointError, RecipeError, TransferError
 from streammerge.evaluation.problems import load_problems, problem, process_docs
@@ -87,10 +88,9 @@ def test_the_packages_own() -> None:
     for row, asked in zip(loaded.rows, scored_problems(), strict=True):
         assert asked.split == "heldout"
         assert row == {"question": asked.question, "answer": str(answer_by_words(asked.question))}
-    assert load_problems(read_task("mini_l2s"), None, 3).rows == loaded.rows[:3]
-    assert load_problems(read_task("mini_l2s"), None, SCORED + 1).rows[:-1] == loaded.rows
-    again = load_problems(read_task("mini_l2s"), None, None).source["sha256"]
-    assert again == loaded.source["sha256"] != load_problems(read_task("mini_l2s"), None, 3).source["sha256"]
+    for limit in (3, SCORED, SCORED + 1, 10**12):  # the last ends at all
+        first = load_problems(read_task("mini_l2s"), None, limit)
+        assert (first.rows, first.source) == (loaded.rows[:limit], loaded.source)
 
 
 def answer_by_words(question: str) -> int:
@@ -185,6 +185,58 @@ def test_downloaded_by_the_hubs_client(tmp_path: Path, monkeypatch: pytest.Monke
             load_problems(other, None, None)
         server.shutdown()
     close_session()
+
+
+def test_a_hub_that_is_not_there(sevens: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line, which says how to do without it."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), DataSetHandler) as server:
+        url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("streammerge.hub.tries.FIRST_WAIT", 0.0)
+    result = run("eval", sevens, "--tasks", "gsm8k")
+    expected = (
+        "data set HuggingFaceTB/math_tasks, file data/gsm8k/test.jsonl: the Hub cannot be reached "
+        "(the connection failed (ConnectError)): try again later, or give --data FOLDER"
+    )
+    assert (result.code, result.out, result.err) == (1, "", f"streammerge: error: {expected}\n")
+
+
+class FailingHandler(DataSetHandler):
+    """Answers the first request, which is not the client's, and then has trouble."""
+
+    def do_GET(self) -> None:
+        super().do_HEAD()
+
+    def do_HEAD(self) -> None:
+        self.send_response(503)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+def test_the_clients_own_lines_are_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It logs every try."""
+    close_session()
+    with ThreadingHTTPServer(("127.0.0.1", 0), FailingHandler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for name, value in {
+            "ENDPOINT": url,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": False,
+            "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr("streammerge.hub.tries.FIRST_WAIT", 0.0)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        with pytest.raises(TransferError, match=r"the Hub cannot be reached \(.*\): try again later, or give --data"):
+            load_problems(GSM8K, None, None)
+        server.shutdown()
+    close_session()
+    assert not caplog.records
 
 
 def test_which_file_it_is() -> None:

@@ -9,7 +9,8 @@ import transformers
 from streammerge import mini_l2s
 from streammerge.mini_l2s import scoring
 from streammerge.mini_l2s.grade import extract_answer
-from streammerge.mini_l2s.problems import scored_problems
+from streammerge.mini_l2s.problems import SCORED, scored_problems
+from streammerge.sweep.evaluations import find_evaluation
 
 COUNT = 12
 
@@ -84,3 +85,16 @@ def test_the_end_token_ends_and_is_not_counted() -> None:
     assert ended
     assert length == len(tokenizer(text).input_ids)
     assert tokenizer.eos_token not in text
+
+
+def test_no_more_problems_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However large the limit: a sweep, `mini_l2s.score` and `eval` all ask these."""
+    for limit in (SCORED + 50, 10**12):
+        assert scored_problems(limit) == scored_problems()
+    assert len(scored_problems()) == SCORED == 250
+    base, _ = mini_l2s.pair()
+    monkeypatch.setattr(
+        "streammerge.mini_l2s.scoring.respond", lambda *args, **_: [("answer 0", 2, True)] * len(args[2])
+    )
+    assert mini_l2s.score(base, limit=300, progress=False)["problems"] == 250
+    assert find_evaluation("mini_l2s")(base, limit=300, progress=False)["problems"] == 250

@@ -100,6 +100,18 @@ def test_the_figures_are_drawn_where_they_are(browser: Browser, page: bytes, wid
     assert abs(drawn - empty)[~inside].max() < 0.01
 
 
+def test_a_table_fits_or_shows_that_it_scrolls(browser: Browser, page: bytes) -> None:
+    """By a shade at its right edge, behind which there is more of it."""
+    for width, scrolls in ((1100, False), (400, True)):
+        found = browser.measure(page, width)
+        box = next(box for box in found["boxes"] if box["tag"] == "table" and box["text"].startswith("Sources"))
+        right = width - round(box["x"])  # the page has the same margin on both sides
+        assert (box["x"] + box["width"] > right + 1) is scrolls
+        picture = browser.picture(page, width, round(found["height"]))
+        edge = picture[round(box["y"]) : round(box["y"] + box["height"]), right - 3 : right]
+        assert bool(np.median(edge) < 0.8) is scrolls
+
+
 def test_the_curve_is_the_merges(browser: Browser, merged: dict[str, Any]) -> None:
     """A coefficient twice as large is drawn twice as high: the dots are where the numbers say."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,31 @@ def test_sizes_on_log_scales_with_gaps() -> None:
     assert second == [(0, 1e-5), (1, 1e-5), (2, 1e-5)]
     assert len(size_panel([{**row, "fisher_mean": None} for row in rows]).axes) == 1
     assert size_panel([block(0, 0.5)]) is None
+
+
+@pytest.mark.parametrize("most", [1.0, 1.01, 1.3, 2.0, 3.3, 5.0, 8.0, 9.9, 11.0, 40.0, 150.0, 900.0, 1e4, 1e7, 1e30])
+@pytest.mark.parametrize("least", [1e-9, 2.3e-6, 3e1, 7.7])
+def test_the_labels_of_a_log_scale_do_not_overlap(least: float, most: float) -> None:
+    """There are at least two, as far as a scale has a width, and all are in the panel."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    rows = [
+        block(number, 0.5, fisher_mean=value, task_vector_mean_square=value)
+        for number, value in enumerate((least, least * most))
+    ]
+    figure = size_panel(rows)
+    FigureCanvasAgg(figure).draw()
+    for axis in figure.axes:
+        low, high = axis.get_ylim()
+        shown = [
+            label.get_window_extent()
+            for which in (False, True)
+            for tick, label in zip(axis.get_yticks(minor=which), axis.get_yticklabels(minor=which), strict=True)
+            if low <= tick <= high and label.get_text()
+        ]
+        assert len(shown) >= 2
+        shown.sort(key=lambda box: box.y0)
+        assert all(lower.y1 <= upper.y0 for lower, upper in pairwise(shown))
 
 
 def test_phases_are_bars() -> None:

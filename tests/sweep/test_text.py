@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import re
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,8 @@ def test_names_do_not_break_out_of_the_page() -> None:
     assert "![Accuracy over mean length of the points, the Pareto front joined](sweep.png)" in text
     assert "the first 20 problems" in text and "- \\[a\\](b)" in text
     assert "sweep.png" not in sweep_markdown(RESULT, None)
+    fewer = {**RESULT, "points": [{**p, "scores": {**p["scores"], "problems": 7}} for p in RESULT["points"]]}
+    assert "the first 7 problems" in sweep_markdown(fewer, None)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 5 and {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {8}
 
@@ -86,3 +89,29 @@ def test_the_picture() -> None:
     assert np.allclose(picture[..., 0], picture[..., 1]) and np.allclose(picture[..., 1], picture[..., 2])
     more = {**RESULT, "points": [*RESULT["points"], point(0.3, 60.0, False)]}
     assert sweep_plot(more) != raw
+
+
+def test_the_front_runs_through_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a number stands, the picture is the same with and without the line."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figures: list[Any] = []
+    monkeypatch.setattr(
+        import_module("streammerge.sweep.text"), "picture", lambda figure, form: figures.append(figure) or b""
+    )
+    near = [point(0.4, 30.0, True), point(0.5, 30.3, True), point(0.39, 30.1, False), point(0.9, 50.0, True)]
+    sweep_plot({**RESULT, "points": near})
+    (axis,) = figures[0].axes
+    front, canvas = axis.lines[0], FigureCanvasAgg(figures[0])
+    canvas.draw()
+    boxes = [text.get_window_extent() for text in axis.texts]
+    pictures = []
+    for visible in (True, False):
+        front.set_visible(visible)
+        canvas.draw()
+        pictures.append(np.asarray(canvas.buffer_rgba())[::-1].copy())  # rows from below, as boxes count
+    for box in boxes:
+        rows, columns = slice(int(box.y0), int(box.y1) + 1), slice(int(box.x0), int(box.x1) + 1)
+        assert (pictures[0][rows, columns] == pictures[1][rows, columns]).all()
+    assert (pictures[0] != pictures[1]).any()
