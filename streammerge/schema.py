@@ -130,7 +130,22 @@ def build(model: type[Model], values: Mapping[str, Any], what: str) -> Model:
         raise RecipeError(f"{what}: {'; '.join(lines)}") from None
 
 
-<<<<<<< HEAD
+def build_from_options(model: type[Model], values: Mapping[str, Any]) -> Model:
+    """Make settings from options of a command line, which have the names of the fields.
+
+    Raises:
+        RecipeError: all that is wrong, in one line, by the names that were typed.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [
+            f"--{str(item['loc'][0]).replace('_', '-')} {str(item['input'])[:100]}: {_in_words(item)}"
+            for item in error.errors(include_url=False)
+        ]
+        raise RecipeError("; ".join(lines)) from None
+
+
 def _in_words(problem: ErrorDetails) -> str:
     """What is wrong with a value, without the library's words."""
     words = _IN_WORDS.get(problem["type"])
@@ -142,32 +157,6 @@ def _either(told: list[str]) -> str:
     if all(text.startswith(_MUST) for text in told):
         return _MUST + " or ".join(text.removeprefix(_MUST) for text in told)
     return ", or: ".join(told)
-=======
-def build_from_options(model: type[Model], values: Mapping[str, Any]) -> Model:
-    """Make settings from options of a command line, which have the names of the fields.
-
-    Raises:
-        RecipeError: all that is wrong, in one line, by the names that were typed.
-    """
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        lines = []
-        for item in error.errors(include_url=False):
-            told = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            plain = _PLAIN.get(item["type"], "{told}").format(told=told, **item.get("ctx", {}))
-            lines.append(f"--{str(item['loc'][0]).replace('_', '-')} {str(item['input'])[:100]}: {plain}")
-        raise RecipeError("; ".join(lines)) from None
-
-
-_PLAIN = {
-    "greater_than_equal": "at least {ge}",
-    "less_than_equal": "at most {le}",
-    "less_than": "below {lt}",
-    "int_parsing": "no whole number",
-    "float_parsing": "no number",
-}
->>>>>>> polish-eval
 
 
 def _place(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[str, type[BaseModel]]:

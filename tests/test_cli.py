@@ -36,9 +36,6 @@ import streammerge
 from streammerge import cli
 from streammerge.methods import METHODS
 
-<<<<<<< HEAD
-COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands
-=======
 NUMBERS = {
     "eval": {
         "--limit": "int",
@@ -51,8 +48,7 @@ NUMBERS = {
     "fisher": {"--samples": "int", "--seed": "int"},
     "diagnose": {"--samples": "int", "--alpha": "float"},
 }
-COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
->>>>>>> polish-eval
+COMMANDS: dict[str, Any] = typer.main.get_command(cli.app).commands
 Merged = Callable[..., Path]
 
 

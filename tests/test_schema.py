@@ -10,13 +10,8 @@ from pydantic import Field, ValidationError, field_validator
 from streammerge import DiagnoseSettings, EvaluationSettings, FisherSettings, PushSettings, Recipe
 from streammerge.calibration.store import CalibrationSettings
 from streammerge.errors import RecipeError
-<<<<<<< HEAD
 from streammerge.methods import METHODS
-from streammerge.schema import Strict, build, suggest
-=======
-from streammerge.evaluation.settings import EvaluationSettings
 from streammerge.schema import Strict, build, build_from_options, suggest
->>>>>>> polish-eval
 
 
 class Inner(Strict):
@@ -155,6 +150,6 @@ def test_what_is_wrong_with_options_is_told_by_their_names() -> None:
     with pytest.raises(RecipeError) as caught:
         build_from_options(EvaluationSettings, {"max_new_tokens": "0", "temperature": "nan", "seed": str(2**63)})
     assert str(caught.value) == (
-        "--temperature nan: a finite number; --seed 9223372036854775808: below 9223372036854775808; "
-        "--max-new-tokens 0: at least 1"
+        "--temperature nan: must be a finite number; --seed 9223372036854775808: must be below 9223372036854775808; "
+        "--max-new-tokens 0: must be at least 1"
     )

@@ -59,12 +59,7 @@ def eval(
         raise typer.BadParameter("several models go with --compare", param_hint="MODEL")
     call = partial(streammerge.compare, models) if compare else partial(streammerge.evaluate, models[0])
     result = call(
-<<<<<<< HEAD
-        evaluation_settings(options),
-=======
-        models if compare else models[0],  # type: ignore[arg-type]
         build_from_options(EvaluationSettings, evaluation_settings(options)),
->>>>>>> polish-eval
         out=out,
         device=device,
         batch_size=batch_size,

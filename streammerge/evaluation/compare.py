@@ -81,14 +81,7 @@ def compare(
             for model in given
         }
         _require_alike(identities, shown)
-<<<<<<< HEAD
-        rows = [
-            _row(names[model], evaluations[model].run() if model in evaluations else saved[model], shown)
-            for model in given
-        ]
-    result = {"version": __version__, "tasks": shown, "models": rows}
-=======
-        records = {names[model]: evaluations[model].run() if model in evaluations else saved[model] for model in models}
+        records = {names[model]: evaluations[model].run() if model in evaluations else saved[model] for model in given}
     measured = {task: record for task in shown for of in records.values() if (record := of.get(task)) is not None}
     if not measured:
         raise RecipeError(f"--compare: no folder holds a result of {' or '.join(shown)}")
@@ -99,7 +92,6 @@ def compare(
         "settings": {task: record["identity"]["settings"] for task, record in measured.items()},
         "models": [_row(name, of, shown) for name, of in records.items()],
     }
->>>>>>> polish-eval
     if out is not None:
         texts = {"json": json.dumps(result, indent=2) + "\n", "md": comparison_markdown(all_visible(result))}
         write_files(Path(out), {f"{COMPARISON}.{end}": text for end, text in texts.items()})

@@ -187,19 +187,14 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "no folder": (("--data", "{tmp}/nowhere"), "--data {tmp}/nowhere: there is no such folder"),
     "no file": (("--tasks", "aime24"), "--data {data}: task aime24: there is no aime24.jsonl and no aime24/test.jsonl"),
     "greedy votes": (("--samples", "16"), "--samples 16: greedy responses are all the same: give a --temperature"),
-<<<<<<< HEAD
-    "no number": (("--limit", "many"), "limit: must be a whole number"),
-    "no limit": (("--limit", "0"), "limit: must be at least 1"),
-=======
     "greedy seed": (("--seed", "3"), "--seed 3: nothing is drawn in greedy responses: give a --temperature too\n"),
-    "no number": (("--limit", "many"), "error: --limit many: no whole number\n"),
-    "no temperature": (("--temperature", "warm"), "error: --temperature warm: no number\n"),
-    "no limit": (("--limit", "0"), "error: --limit 0: at least 1\n"),
+    "no number": (("--limit", "many"), "error: --limit many: must be a whole number\n"),
+    "no temperature": (("--temperature", "warm"), "error: --temperature warm: must be a number\n"),
+    "no limit": (("--limit", "0"), "error: --limit 0: must be at least 1\n"),
     "too many": (
         ("--samples", "1025", "--max-new-tokens", "0"),
-        "--samples 1025: at most 1024; --max-new-tokens 0: at",
+        "--samples 1025: must be at most 1024; --max-new-tokens 0: must be at",
     ),
->>>>>>> polish-eval
     "foreign folder": (("--out", "{tmp}/foreign"), "output folder {tmp}/foreign holds 'notes.txt', which is no result"),
     "file": (("--out", "{tmp}/foreign/notes.txt"), "output {tmp}/foreign/notes.txt is a file"),
     "in the model": (("--out", "{model}/results"), "output folder {model}/results lies in the model"),

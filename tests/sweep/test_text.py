@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+import pytest
 from matplotlib.image import imread
 
 from streammerge.sweep.text import front_lines, pareto_front, sweep_markdown, sweep_plot, sweep_rows, sweep_text
@@ -93,7 +94,6 @@ def test_the_picture() -> None:
 
 def test_the_front_runs_through_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a number stands, the picture is the same with and without the line."""
-    pytest.importorskip("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figures: list[Any] = []
