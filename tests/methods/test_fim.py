@@ -224,7 +224,7 @@ def test_there_are_no_blocks() -> None:
         ({"theta": -1}, "theta.*negative"),
         ({"theta": "steep"}, "theta.*'steep'"),
         ({"norm_tolerance": -0.05}, "norm_tolerance.*negative"),
-        ({"gate_factor": -1}, "gate_factor.*greater than or equal to 0"),
+        ({"gate_factor": -1}, "gate_factor: must be at least 0"),
         ({"importance": "hessian"}, "importance.*'product', 'fim', 'norm' or 'quadratic'"),
         ({"trim": "random"}, "trim.*'random'"),
         ({"trim_scope": "model"}, "trim_scope.*'model'"),
