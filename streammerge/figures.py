@@ -6,15 +6,15 @@ Everything is told apart by markers, dashes and greys, so it reads the same with
 from __future__ import annotations
 
 import io
-import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import Any
 
 from streammerge.extras import get_it
+from streammerge.progress import quiet_logger
 
 GET_IT = get_it("plot")
 DPI = 150
@@ -117,13 +117,6 @@ def inline(figure: Any, name: str, alt: str) -> str:
     return text.replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> AbstractContextManager[None]:
     """matplotlib does not say that its settings and fonts have no home to be kept in."""
-    logger = logging.getLogger("matplotlib")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return quiet_logger("matplotlib")

@@ -77,7 +77,6 @@ def test_what_runs_elsewhere_takes_paths_too(models: Models, tmp_path: Path) -> 
     require_pinned(models.base)
     with open_model(models.base) as opened:
         assert opened.id == str(models.base)
-    pytest.importorskip("lm_eval")
     with pytest.raises(CheckpointError, match="brings no tokenizer"):
         streammerge.evaluate(models.base, {"tasks": "mini_l2s", "limit": 1}, device="cpu")
     with pytest.raises(RecipeError, match=f"--compare: {models.base} is given twice"):

@@ -6,7 +6,6 @@ its model watches that. Importing this takes seconds, for it imports torch and t
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from streammerge.evaluation.task_files import FOLDER, TaskFile
 from streammerge.fisher.measure import find_device
 from streammerge.host import memory_errors
 from streammerge.hub.xet import limit_xet_memory
-from streammerge.progress import progress_bar, quiet_transformers, tell
+from streammerge.progress import progress_bar, quiet_logger, quiet_transformers, tell
 
 TESTED = "0.4.13"
 LIBRARIES = ("lm_eval", "transformers", "torch")
@@ -315,13 +314,10 @@ def _quiet() -> Iterator[None]:
     The harness's warnings are about data sets given as ours are and models given as objects; its bar over the making
     of prompts would show where no bar is asked for. transformers' are about the generation config we replace.
     """
-    harness = logging.getLogger("lm_eval")
-    level, bar = harness.level, lm_eval.api.task.tqdm
-    harness.setLevel(logging.ERROR)
+    bar = lm_eval.api.task.tqdm
     lm_eval.api.task.tqdm = partial(bar, disable=True)
     try:
-        with quiet_transformers():
+        with quiet_logger("lm_eval"), quiet_transformers():
             yield
     finally:
-        harness.setLevel(level)
         lm_eval.api.task.tqdm = bar

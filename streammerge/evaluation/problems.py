@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -20,6 +18,7 @@ from streammerge.hub.remote import Remote, Tally
 from streammerge.hub.repository import FIRST_TRIES
 from streammerge.hub.tries import PassingError, hub_errors, persist
 from streammerge.mini_l2s.problems import scored_problems
+from streammerge.progress import quiet_logger
 
 _QUESTIONS = ("question", "problem")
 _ANSWERS = ("final_answer", "answer", "solution")
@@ -188,7 +187,7 @@ def _download(file: HubFile) -> Path:
 
     try:
         persist(lambda: where, ask, Event(), tries=FIRST_TRIES)  # the client would try for half a minute, aloud
-        with _quiet_client():
+        with quiet_logger("huggingface_hub"):  # which logs every try of its own
             return persist(lambda: where, attempt, Event())
     except TransferError as error:
         if not isinstance(error.__cause__, PassingError):
@@ -196,15 +195,3 @@ def _download(file: HubFile) -> Path:
         raise TransferError(
             f"{where}: the Hub cannot be reached ({error.__cause__}): try again later, or give --data FOLDER"
         ) from error
-
-
-@contextmanager
-def _quiet_client() -> Iterator[None]:
-    """Keep the lines off the terminal that the Hub's client logs whenever it tries again."""
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
