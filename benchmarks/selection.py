@@ -35,7 +35,7 @@ from streammerge.budget import DEFAULT_MAX_RAM, IMPORT_BYTES
 from streammerge.methods.api import TILE_ELEMENTS, RowBlock, TensorContext, Unit
 from streammerge.methods.draws import stream_key, uniform
 from streammerge.methods.selection import Selection, kept_count, top_k_passes
-from streammerge.stream import SAMPLED_OF
+from streammerge.row_reader import SAMPLED_OF
 
 COLUMNS = 8192
 BLOCK_ROWS = (TILE_ELEMENTS // COLUMNS, 157)  # as in a merge; and one that divides nothing

@@ -25,13 +25,14 @@ from typing import Any, TypeVar
 
 from measuring import machine
 
-from streammerge import METHODS, fisher, make_recipe, plan, stream
+from streammerge import METHODS, fisher, make_recipe, plan, row_reader
 from streammerge.checkpoints.shard_file import ShardFile
 from streammerge.checkpoints.source import LocalFile
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.engine import Engine
 from streammerge.methods.api import Method, Pass
-from streammerge.stream import RowReader, RowWriter
+from streammerge.row_reader import RowReader
+from streammerge.row_writer import RowWriter
 from streammerge.units import parse_size
 
 Times = dict[str, list[float]]  # phase -> wall seconds, processor seconds, calls
@@ -77,7 +78,7 @@ class Clock:
     def wrap_everything(self) -> None:
         """Of a merge; of this process, for good."""
         self.wrap(LocalFile, "read_into", "read")
-        self.wrap(stream, "require_finite", "look for NaN and Inf")
+        self.wrap(row_reader, "require_finite", "look for NaN and Inf")
         for step in _subclasses(Pass):
             if "update" in vars(step):
                 self.wrap(step, "update", f"pass {step.__name__}")

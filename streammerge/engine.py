@@ -17,7 +17,8 @@ from streammerge.heap import temporaries_kept
 from streammerge.methods.api import Method, RowBlock, TensorContext, Unit
 from streammerge.plan import MergePlan
 from streammerge.progress import progress_bar
-from streammerge.stream import Input, Inputs, RowReader, RowWriter, Writer, batches
+from streammerge.row_reader import Input, Inputs, RowReader, batches
+from streammerge.row_writer import RowWriter, Writer
 from streammerge.timeline import Timeline
 from streammerge.workers import single_threaded_torch
 

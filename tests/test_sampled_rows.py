@@ -13,10 +13,10 @@ from naive import naive_ties
 from safetensors.torch import load_file, save_file
 
 import streammerge
-from streammerge import stream
+from streammerge import row_reader
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.methods.api import RowBlock, TensorContext, Unit
-from streammerge.stream import Input, Inputs, RowReader
+from streammerge.row_reader import Input, Inputs, RowReader
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
@@ -80,7 +80,7 @@ def test_rows_are_evenly_spread_and_those_of_the_files(
 def test_there_are_none_of_a_small_unit_nor_of_one_far_away(
     opened: tuple[Unit, dict[str, Inputs]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "FEWEST_SAMPLED", 1 + ROWS // stream.SAMPLED_OF)
+    monkeypatch.setattr(row_reader, "FEWEST_SAMPLED", 1 + ROWS // row_reader.SAMPLED_OF)
     assert list(reader_of(opened, ALL).sample()) == []
     monkeypatch.undo()
     monkeypatch.setattr("streammerge.methods.api.TILE_ELEMENTS", 8 * COLUMNS)

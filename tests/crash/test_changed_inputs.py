@@ -180,7 +180,7 @@ def test_a_file_that_changes_while_it_is_read(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, change: str, model: str
 ) -> None:
     job, path, out = recipe(models, method), getattr(models, model) / WEIGHTS, tmp_path / "out"
-    monkeypatch.setattr("streammerge.stream.SMALL", 1)  # one unit at a time: what is merged later is read later
+    monkeypatch.setattr("streammerge.row_reader.SMALL", 1)  # one unit at a time: what is merged later is read later
     with monkeypatch.context() as patch:
         changing = Changing(CHANGES[change], path, after=3)
         patch.setattr(Engine, "_merge", lambda *arguments: changing.merge(*arguments))
@@ -198,7 +198,7 @@ def test_the_call_after_a_change_starts_from_nothing(
 ) -> None:
     """The fingerprint is the same: its samples miss the change."""
     job, out = recipe(models, method), tmp_path / "out"
-    monkeypatch.setattr("streammerge.stream.SMALL", 1)
+    monkeypatch.setattr("streammerge.row_reader.SMALL", 1)
     with monkeypatch.context() as patch:
         changing = Changing(rewrite, models.ft / WEIGHTS, after=9)
         patch.setattr(Engine, "_merge", lambda *arguments: changing.merge(*arguments))
@@ -222,7 +222,7 @@ def test_an_unfinished_run_of_other_inputs_is_not_gone_on_with(
         raise StoppedError
 
     job, out = recipe(models, method), tmp_path / "out"
-    monkeypatch.setattr("streammerge.stream.SMALL", 1)
+    monkeypatch.setattr("streammerge.row_reader.SMALL", 1)
     with monkeypatch.context() as patch:
         changing = Changing(stop, models.ft, after=9)
         patch.setattr(Engine, "_merge", lambda *arguments: changing.merge(*arguments))

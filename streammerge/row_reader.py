@@ -1,4 +1,4 @@
-"""Row blocks of a unit, read into one reused buffer within a budget, and written a piece at a time.
+"""Row blocks of a unit, read into one reused buffer within a budget.
 
 A unit whose inputs fit the buffer is read once and kept for all its passes. A larger one is read again, a run of whole
 tiles at a time, for each. What a method sees is the same either way: one tile after another. From a local disk runs are
@@ -8,20 +8,17 @@ bytes at a time: what fits is fetched whole, together with small units beside it
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from streammerge.budget import aligned, run_bytes, unit_bytes
 from streammerge.checkpoints.buffers import as_bytes
-from streammerge.checkpoints.checkpoint import Checkpoint, count_nonfinite, require_finite, torch_dtype
+from streammerge.checkpoints.checkpoint import Checkpoint, require_finite, torch_dtype
 from streammerge.checkpoints.checksum import add, part_sum
 from streammerge.checkpoints.header import TensorInfo
-from streammerge.errors import CheckpointError
 from streammerge.methods.api import RowBlock, TensorContext, Unit
 
 
@@ -53,7 +50,7 @@ class Inputs:
 Batch = Sequence[tuple[Unit, Mapping[str, Inputs]]]
 
 SMALL = 1 << 20  # bytes; units smaller than this, together, are read with the one before them
-PIECE = 1 << 20  # bytes of an input read at a time from a local disk, and of the output written: a share of the cache
+PIECE = 1 << 20  # bytes of an input read at a time from a local disk: a share of the cache
 
 FEWEST_SAMPLED, MOST_SAMPLED = 48, 2048  # rows of a unit
 SAMPLED_OF = 16  # of so many rows at most one is sampled
@@ -257,75 +254,6 @@ def _starts(
         row_bytes = info.nbytes // tensor.rows
         yield start if position is None else start + first * row_bytes
         start += aligned(rows * row_bytes if position is None else info.nbytes)
-
-
-class Writer(Protocol):
-    """What takes the merged rows: a `CheckpointWriter`, or what compares them with one that is there."""
-
-    @property
-    def entries(self) -> Mapping[str, Any]: ...
-
-    def is_complete(self, name: str) -> bool: ...
-
-    def write(self, name: str, start: int, data: memoryview) -> None: ...
-
-    def complete(self, name: str, entry: Mapping[str, Any]) -> None: ...
-
-    def wait(self) -> None: ...
-
-
-class RowWriter:
-    """Gathers merged tiles in the output's dtype, and writes a piece of a tensor at a time.
-
-    Args:
-        writer: takes the pieces.
-        allow_nonfinite: let NaN and Inf through.
-
-    Attributes:
-        nonfinite: tensor name -> how many NaN and Inf were written.
-    """
-
-    def __init__(self, writer: Writer, allow_nonfinite: bool) -> None:
-        self._writer, self._allow_nonfinite = writer, allow_nonfinite
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._filled = 0
-        self.nonfinite: Counter[str] = Counter()
-
-    def add(self, block: RowBlock, merged: Tensor) -> None:
-        """The next tile of the tensor; the first one may be any."""
-        dtype = torch_dtype(block.tensor.dtype)
-        count = merged.numel() * dtype.itemsize
-        if self._filled + count > len(self._memory):
-            self.flush()
-            if count > len(self._memory):
-                whole = block.tensor.numel * dtype.itemsize
-                self._memory = torch.empty(max(count, min(PIECE, whole)), dtype=torch.uint8)
-        if not self._filled:
-            self._tensor, self._start = block.tensor, block.row * block.tensor.columns * dtype.itemsize
-        self._memory[self._filled : self._filled + count].view(dtype).view(merged.shape).copy_(merged)
-        self._filled += count
-
-    def flush(self) -> None:
-        """Write what has been gathered; to be called behind the last tile of a tensor.
-
-        Raises:
-            CheckpointError: it holds NaN or Inf, which are not to be let through.
-        """
-        if self._filled:
-            piece = self._memory[: self._filled]
-            self._count(piece.view(torch_dtype(self._tensor.dtype)))
-            self._writer.write(self._tensor.name, self._start, as_bytes(piece))
-            self._filled = 0
-
-    def _count(self, values: Tensor) -> None:
-        name, dtype = self._tensor.name, self._tensor.dtype
-        if bad := count_nonfinite(values) if values.is_floating_point() else 0:
-            if not self._allow_nonfinite:
-                raise CheckpointError(
-                    f"tensor {name!r}: {bad} of its merged values are too large for {dtype} (NaN or Inf): take smaller "
-                    "coefficients, or let them through with --allow-nonfinite"
-                )
-            self.nonfinite[name] += bad
 
 
 @dataclass(frozen=True)
