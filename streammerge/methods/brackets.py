@@ -1,9 +1,10 @@
 """The bit pattern of the k-th largest score, narrowed down pass by pass.
 
 The patterns are of non-negative float32 values, as int32, which order as the values do. A pass counts the scores above
-a bracket of patterns and, in 65,536 bins, those in it; then one bin is left. Where bins hold more than one pattern,
-those that are not the first of their bin are noted besides, as far as there is room. Of differences of bfloat16
-numbers, whose patterns mostly end in zeros, these are so few that one pass is enough.
+a bracket of patterns, and keeps those in it with their places: then all is known. Where they are too many, it counts
+them in 65,536 bins, and one bin is left. Where bins hold more than one pattern, those that are not the first of their
+bin are noted besides, as far as there is room. Of differences of bfloat16 numbers, whose patterns mostly end in zeros,
+these are so few that one pass is enough.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ NAN = 0x7F800001  # the one pattern that stands for all NaN, just above infinity
 _BINS_LOG2 = 16
 _COUNTED_TOGETHER = 1 << 16  # a histogram of few costs as much as one of this many
 _MOST_NOTED = 1 << 16
+_MOST_KEPT = 1 << 17
 _DEVIATIONS = 4  # of the sampling error, on either side; beyond that a pass more is needed
 _LEAST_MARGIN = 0.002  # of all scores
 
@@ -48,11 +50,13 @@ class Place:
         pattern: its bit pattern.
         ties: how many scores with this pattern are among the k largest.
         equal: how many there are in all.
+        cutoff: flat index behind the last of the ties; None where it was not seen.
     """
 
     pattern: int
     ties: int
     equal: int
+    cutoff: int | None = None
 
 
 class Spread:
@@ -64,19 +68,37 @@ class Spread:
         self._shift = max(self._span.bit_length() - _BINS_LOG2, 0)
         self._origin = bracket.low >> self._shift << self._shift
         self._seen = self._above = 0
+        self._kept = _Gathered(_MOST_KEPT)  # distances from the bracket's low end
+        self._indices = _Gathered(_MOST_KEPT, "int64")
+        self._kept_all = True
         self._bins = _Gathered(_COUNTED_TOGETHER)
         self._noted = _Gathered(_MOST_NOTED)  # distances from the origin
         self._noted_all = True
         self._histogram: np.ndarray | None = None
 
-    def add(self, patterns: Tensor) -> None:
-        """Take in the flat patterns of a block."""
+    def add(self, patterns: Tensor, offset: int) -> None:
+        """Take in the flat patterns of a block, the first of them at flat index `offset`; blocks come in order."""
         import numpy as np
 
         distances = (patterns - self._bracket.low).numpy()  # numpy picks the few out several times faster
         self._seen += len(distances)
         self._above += int(np.count_nonzero(distances > self._span))
-        inside = distances[distances.view(np.uint32) <= self._span]  # what is below is huge without a sign
+        is_inside = distances.view(np.uint32) <= self._span  # what is below is huge without a sign
+        if self._kept_all:
+            indices = np.flatnonzero(is_inside)
+            inside = distances[indices]
+            indices += offset
+            if self._kept.add(inside) and self._indices.add(indices):
+                return
+            self._kept_all = False
+            self._bin(self._kept.take())
+            self._kept = self._indices = _Gathered(0)
+        else:
+            inside = distances[is_inside]
+        self._bin(inside)
+
+    def _bin(self, inside: np.ndarray) -> None:
+        """Count, from now on, in bins; the distances are changed."""
         if self._shift:
             inside += self._bracket.low - self._origin
             self._note(inside)
@@ -100,22 +122,41 @@ class Spread:
         else:
             self._histogram += found
 
-    def narrowed(self) -> Bracket | Place:
-        """Where the k-th largest is, or a narrower bracket for it; another one where it was not in this."""
-        import numpy as np
-
-        k, low, high = self._bracket.k, self._bracket.low, self._bracket.high
+    def _counted(self) -> np.ndarray:
+        """How many there are in each bin."""
         self._count(self._bins.take())
         assert self._histogram is not None
-        inside = int(self._histogram.sum())
+        return self._histogram
+
+    def narrowed(self) -> Bracket | Place:
+        """Where the k-th largest is, or a narrower bracket for it; another one where it was not in this."""
+        k, low, high = self._bracket.k, self._bracket.low, self._bracket.high
+        inside = self._kept.filled if self._kept_all else int(self._counted().sum())
         if k <= self._above:
             return Bracket(k, high + 1, NAN)
         if k > self._above + inside:
             below = self._seen - self._above - inside
             return Bracket(k, 1, low - 1) if low > 1 else Place(0, k - self._above - inside, below)
-        from_top = self._above + np.cumsum(self._histogram[::-1])
+        return self._among_kept(k - self._above) if self._kept_all else self._among_bins(k)
+
+    def _among_kept(self, k: int) -> Place:
+        """The place of the k-th largest of those that were kept."""
+        import numpy as np
+
+        kept, indices = self._kept.take(), self._indices.take()
+        pattern = np.partition(kept, len(kept) - k)[len(kept) - k]
+        equal = indices[kept == pattern]
+        ties = k - int(np.count_nonzero(kept > pattern))
+        return Place(self._bracket.low + int(pattern), ties, len(equal), int(equal[ties - 1]) + 1)
+
+    def _among_bins(self, k: int) -> Bracket | Place:
+        """The place of the k-th largest of all, if it was noted; else the bin it lies in."""
+        import numpy as np
+
+        low, high, histogram = self._bracket.low, self._bracket.high, self._counted()
+        from_top = self._above + np.cumsum(histogram[::-1])
         position = int(np.searchsorted(from_top, k))
-        number, count = len(from_top) - 1 - position, int(self._histogram[::-1][position])
+        number, count = len(from_top) - 1 - position, int(histogram[::-1][position])
         first, left = self._origin + (number << self._shift), k - (int(from_top[position]) - count)
         if not self._noted_all:
             return Bracket(k, max(first, low), min(first + (1 << self._shift) - 1, high))
@@ -129,30 +170,34 @@ class Spread:
 
 
 class _Gathered:
-    """Numbers in one piece of memory: many small pieces would lie about between the tiles."""
+    """Numbers in one piece of memory: many small pieces would lie about between the tiles.
 
-    def __init__(self, most: int) -> None:
-        self._most, self._filled = most, 0
+    Attributes:
+        filled: how many are there.
+    """
+
+    def __init__(self, most: int, dtype: str = "int32") -> None:
+        self._most, self._dtype, self.filled = most, dtype, 0
         self._values: np.ndarray | None = None
 
     def add(self, values: np.ndarray) -> bool:
         """Whether there was room for them."""
         import numpy as np
 
-        if self._filled + len(values) > self._most:
+        if self.filled + len(values) > self._most:
             return False
         if self._values is None:
-            self._values = np.empty(self._most, dtype=np.int32)
-        self._values[self._filled : self._filled + len(values)] = values
-        self._filled += len(values)
+            self._values = np.empty(self._most, dtype=self._dtype)
+        self._values[self.filled : self.filled + len(values)] = values
+        self.filled += len(values)
         return True
 
     def take(self) -> np.ndarray:
         """Those that are there, until the next are added; then there are none."""
         import numpy as np
 
-        filled, self._filled = self._filled, 0
-        return np.empty(0, dtype=np.int32) if self._values is None else self._values[:filled]
+        filled, self.filled = self.filled, 0
+        return np.empty(0, dtype=self._dtype) if self._values is None else self._values[:filled]
 
 
 def likely(k: int, numel: int, sampled: Sequence[np.ndarray]) -> Bracket:

@@ -3,8 +3,8 @@
 Non-negative float32 values order like their bit patterns; signs are ignored, and all NaN count as equal and
 largest. The k-th largest is looked for in a bracket of patterns, which a sample of the rows makes narrow from the
 start: one pass mostly finds it, two do without a sample, three where a sample misled. Scores equal to it are kept in
-flat-index order until exactly k are kept; only where some of them must go does another pass look for where. Order
-statistics (the median, quartiles) are found the same way.
+flat-index order until exactly k are kept; where some of them must go, and there were too many near them to keep track
+of, another pass looks for where. Order statistics (the median, quartiles) are found the same way.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class _Narrow(Pass):
 
     def update(self, state: Any, block: RowBlock) -> None:
         for i, bits in _patterns(self.scores(block), state["highest"]):
-            state["spreads"][i].add(bits)
+            state["spreads"][i].add(bits, block.offset)
 
     def finish(self, state: Any) -> dict[int, Bracket | Place]:
         return {**state["places"], **{i: spread.narrowed() for i, spread in state["spreads"].items()}}
@@ -188,8 +188,8 @@ class _Thresholds(Pass):
             if place is None:
                 selections.append(Selection(kept, _EVERYTHING if kept else _NOTHING, 0, 0))
             else:
-                whole = place.ties == place.equal
-                selections.append(Selection(kept, place.pattern, place.ties, state["numel"] if whole else None))
+                cutoff = state["numel"] if place.ties == place.equal else place.cutoff
+                selections.append(Selection(kept, place.pattern, place.ties, cutoff))
         return selections
 
 
