@@ -23,7 +23,6 @@ NAN = 0x7F800001  # the one pattern that stands for all NaN, just above infinity
 _BINS_LOG2 = 16
 _COUNTED_TOGETHER = 1 << 16  # a histogram of few costs as much as one of this many
 _MOST_NOTED = 1 << 16
-_MOST_KEPT = 1 << 17
 _DEVIATIONS = 4  # of the sampling error, on either side; beyond that a pass more is needed
 _LEAST_MARGIN = 0.002  # of all scores
 
@@ -60,16 +59,20 @@ class Place:
 
 
 class Spread:
-    """How scores lie in a bracket, and how many are above it."""
+    """How scores lie in a bracket, and how many are above it.
 
-    def __init__(self, bracket: Bracket) -> None:
+    Args:
+        room: for how many of those in the bracket, 12 bytes each.
+    """
+
+    def __init__(self, bracket: Bracket, room: int) -> None:
         self._bracket = bracket
         self._span = bracket.high - bracket.low
         self._shift = max(self._span.bit_length() - _BINS_LOG2, 0)
         self._origin = bracket.low >> self._shift << self._shift
         self._seen = self._above = 0
-        self._kept = _Gathered(_MOST_KEPT)  # distances from the bracket's low end
-        self._indices = _Gathered(_MOST_KEPT, "int64")
+        self._kept = _Gathered(room)  # distances from the bracket's low end
+        self._indices = _Gathered(room, "int64")
         self._kept_all = True
         self._bins = _Gathered(_COUNTED_TOGETHER)
         self._noted = _Gathered(_MOST_NOTED)  # distances from the origin

@@ -27,6 +27,7 @@ Ranks = Callable[[Unit, Results], Sequence[int | None]]  # from the largest, 1, 
 
 _MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
 _SAMPLED_TOGETHER = 1 << 14  # of a block of sampled rows at most so many scores are taken
+_MOST_KEPT = 1 << 19  # scores near the thresholds of all experts together, with their places: 6 MiB
 _NOTHING = 0x7FFFFFFF  # above every score
 _EVERYTHING = -1  # below every score
 
@@ -157,7 +158,8 @@ class _Narrow(Pass):
         if not left:
             return None
         highest = {i: bracket.high for i, bracket in left.items()}
-        return {"places": places, "highest": highest, "spreads": {i: Spread(place) for i, place in left.items()}}
+        spreads = {i: Spread(place, _MOST_KEPT // len(left)) for i, place in left.items()}
+        return {"places": places, "highest": highest, "spreads": spreads}
 
     def update(self, state: Any, block: RowBlock) -> None:
         for i, bits in _patterns(self.scores(block), state["highest"]):

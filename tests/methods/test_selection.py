@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from methods.driver import run_passes
 from torch import Tensor
 
-from streammerge.methods import brackets
+from streammerge.methods import selection as selection_module
 from streammerge.methods.api import Pass, Results, RowBlock, TensorContext, Unit
 from streammerge.methods.brackets import Bracket, likely
 from streammerge.methods.selection import Selection, k_largest_passes, kept_count, order_statistic_passes, top_k_passes
@@ -105,10 +105,10 @@ STREAMS = {
 }
 
 
-@pytest.fixture(params=[0, 100, brackets._MOST_KEPT], ids=lambda room: f"room for {room}")
+@pytest.fixture(params=[0, 300, selection_module._MOST_KEPT], ids=lambda room: f"room for {room}")
 def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """For how many scores, besides the counts of the others: none, some of a stream, or all."""
-    monkeypatch.setattr(brackets, "_MOST_KEPT", request.param)
+    monkeypatch.setattr(selection_module, "_MOST_KEPT", request.param)
     return int(request.param)
 
 
@@ -152,19 +152,20 @@ def test_a_good_sample_spares_a_pass(room: int) -> None:
     some_ties_go = int((descending.diff()[59_000:] == 0).nonzero()[0]) + 59_001
     for k in (60_000, some_ties_go):
         seeks = room < 10_000 and bool(descending[k - 1] == descending[k])
-        for sampled, expected in ((slice(0, 0), 2), (slice(None, None, 3), 1)):
+        for sampled, expected in ((slice(0, 0), 2 if room < scores.numel() else 1), (slice(None, None, 3), 1)):
             (mask,), reads = select([[scores]], [k], every(10), sampled)
             assert torch.equal(mask, truth(scores, k))
             assert reads == expected + seeks
 
 
-def test_a_sample_that_misleads_costs_a_pass_more() -> None:
-    """The sampled rows are a thousand times smaller, or larger, than the others, of which too many to note lie near."""
+def test_a_sample_that_misleads_costs_a_pass_more(room: int) -> None:
+    """The sampled rows are a thousand times smaller, or larger, than the others, of which too many to note lie near;
+    one less where there is room for them all."""
     for factor in (1e-3, 1e3):
         scores = deltas(torch.float32, 400_000).view(400, 1000)
         scores[:10] *= factor
         (mask,), reads = select([[scores]], [130_000], every(10), slice(0, 1))
-        assert torch.equal(mask, truth(scores, 130_000)) and reads == 3
+        assert torch.equal(mask, truth(scores, 130_000)) and reads == (2 if room >= scores.numel() else 3)
 
 
 @pytest.mark.parametrize("share", [0.001, 0.2, 0.5, 0.999])
@@ -254,7 +255,7 @@ def test_any_scores_any_cut(data: st.DataObject) -> None:
     spans = [(0, second), (second, n)] if second else [(0, n)]
     tensors = [[scores[a:b].view(-1, 1) for scores in flat] for a, b in spans]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(brackets, "_MOST_KEPT", data.draw(st.sampled_from([0, 5, brackets._MOST_KEPT])))
+        patch.setattr(selection_module, "_MOST_KEPT", data.draw(st.sampled_from([0, 9, selection_module._MOST_KEPT])))
         masks, _ = select(tensors, counts, lambda rows: [0, *sorted(c for c in cuts if c < rows)])
     for mask, scores, k in zip(masks, flat, counts, strict=True):
         assert mask.tolist() == truth(scores, k).tolist()
@@ -322,7 +323,7 @@ def test_memory_does_not_grow_with_the_stream(dtype: torch.dtype) -> None:
             tracemalloc.stop()
         assert [selection.is_final for selection in results["selection"]] == [True, True]
         held.append(most)
-    assert held[1] < 1.01 * held[0] < 4 << 20
+    assert held[1] < 1.01 * held[0] < 7 << 20
 
 
 @pytest.mark.parametrize("offset", [2**31 - 5, 2**31, 2**32 - 5, 2**40])
