@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import groupby
+from itertools import cycle, groupby
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -111,16 +111,17 @@ def plot(sizes: Sequence[Point], numbers: Sequence[Point], path: Path) -> None:
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots(2, 2)
+    methods = sorted({point.method for point in (*sizes, *numbers)})
+    styles = {method: f"{mark}-C{i}" for i, (method, mark) in enumerate(zip(methods, cycle("os^Dv"), strict=False))}
     for column, (points, by) in enumerate(((sizes, "parameters"), (numbers, "experts"))):
         of_methods = sorted(points, key=lambda point: (point.method, getattr(point, by)))
         for method, group in groupby(of_methods, key=lambda point: point.method):
             line = list(group)
             grows = [getattr(point, by) / (1e9 if by == "parameters" else 1) for point in line]
-            axes[0][column].plot(grows, [point.wall for point in line], "o-", label=method)
-            if method != FLOOR:
-                axes[1][column].plot(grows, [point.peak for point in line], "o-", label=method)
-        axes[0][column].set(ylabel="wall time, s", ylim=(0, None))
-        axes[1][column].set(ylabel="peak memory, MiB", ylim=(0, None))
+            axes[0][column].plot(grows, [point.wall for point in line], styles[method], label=method)
+            axes[1][column].plot(grows, [point.peak for point in line], styles[method])
+        axes[0][column].set(ylabel="wall time, s", ylim=(0, 1.05 * max(point.wall for point in points)))
+        axes[1][column].set(ylabel="peak memory, MiB", ylim=(0, 1.05 * max(point.peak for point in points)))
         axes[1][column].set_xlabel("parameters, billions" if by == "parameters" else "fine-tuned models")
         axes[0][column].legend(frameon=False)
     figure.savefig(path)
