@@ -48,7 +48,7 @@ Guard = tuple[str, str, Any, Spoil, tuple[str, ...]]
 WITH_FISHER = ("--fisher", "{root}/fisher")
 GUARDS: dict[str, Guard] = {
     # of a tensor of which the base's is taken: a merged one is looked at again
-    "finite values": ("stream", "require_finite", _pass, lambda f: spoil(f, EMBEDDING, torch.nan), FIM_BY_NORM),
+    "finite values": ("row_reader", "require_finite", _pass, lambda f: spoil(f, EMBEDDING, torch.nan), FIM_BY_NORM),
     "quantised": ("plan", "refuse_quantised", _pass, BROKEN["quantised by its config"][0], TASK_ARITHMETIC),
     "duplicates": ("checkpoints.json_text", "unique_keys", _any_dict, _duplicate_in_config, TASK_ARITHMETIC),
     "paths in an index": ("checkpoints.weight_files", "_read_weight_map", _map, point_outside, TASK_ARITHMETIC),
