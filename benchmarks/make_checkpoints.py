@@ -216,12 +216,13 @@ def _write(
     with bar, CheckpointWriter(folder, shards, {"synthetic": folder.name}, fresh=True) as writer:
         try:
             for info in infos:
+                written = []
                 for block, start in enumerate(range(0, info.numel, BLOCK)):
                     count = min(BLOCK, info.numel - start)
                     out[:count].copy_(blocks.draw(info.name, block, count, expert))
-                    writer.write(info.name, start * width, raw[: count * width])
+                    written.append(writer.write(info.name, start * width, raw[: count * width]))
                     bar.update(count * width)
-                writer.complete(info.name, {})
+                writer.complete(info.name, {}, written)
             writer.publish(dict(files))
         except BaseException:
             writer.discard()

@@ -13,6 +13,8 @@ from streammerge.units import format_size
 
 DEFAULT_MAX_RAM = 256 * 2**20
 IMPORT_BYTES = 240 * 2**20  # a process that has imported torch, before any data
+FORK_BYTES = 8 * 2**20  # what a fork of it copies because it writes there
+WORTH_FORKING = 64 * 2**20  # bytes to be read: below that forks take longer than they save
 
 _ALIGNMENT = 64
 _MAX_WORKERS = 8

@@ -1,30 +1,37 @@
-"""Walk the plan's units: read, survey, passes, apply, write; on a few worker threads, one unit each."""
+"""Walk the plan's units: read, survey, passes, apply, write; by a few workers, one unit each.
+
+The workers are forks of this process where all inputs are local files, so that none waits for another's interpreter
+lock; and threads where bytes come over the network, whose pace is what counts there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from threading import Event, Lock
+from time import monotonic
 from typing import Any
 
-import torch
+from tqdm import tqdm
 
-from streammerge.checkpoints.checkpoint import Checkpoint
-from streammerge.checkpoints.header import TensorInfo
 from streammerge.checkpoints.room import DiskRoom
-from streammerge.errors import IncompatibleCheckpointsError
 from streammerge.heap import temporaries_kept
-from streammerge.methods.api import Method, RowBlock, TensorContext, Unit
+from streammerge.jobs import Tell, in_forks, in_threads
+from streammerge.methods.api import Method, TensorContext, Unit
 from streammerge.plan import MergePlan
 from streammerge.progress import progress_bar
-from streammerge.row_reader import Input, Inputs, RowReader, batches
-from streammerge.row_writer import RowWriter, Writer
+from streammerge.row_reader import Batch, RowReader, batches
+from streammerge.row_writer import Writer
 from streammerge.timeline import Timeline
+from streammerge.unit_work import Merge, Merged, Survey, Surveyed, UnitWork
 from streammerge.workers import single_threaded_torch
+
+_SECONDS = 0.1  # from one word on progress to the next
 
 
 class Engine:
-    """The survey and the merge of one plan, on a few worker threads with a reader each.
+    """The survey and the merge of one plan, by a few workers with a reader each.
 
     Args:
         writer: takes the merged rows.
@@ -50,6 +57,8 @@ class Engine:
         self.prepared = prepared
         self.timeline = timeline or Timeline()
         self.method: Method = prepared or plan.method
+        self._surveys: dict[TensorContext, Any] = {}
+        self._lock = Lock()
 
     def run(self) -> tuple[Method, dict[str, dict[str, Any]]]:
         """Merge everything; the method as it was used, and each tensor's report."""
@@ -58,151 +67,98 @@ class Engine:
         units = [unit for unit in self.plan.units if left[unit.key]]
         if self.room is not None:
             self.room.expect({unit.key: left[unit.key] for unit in units})
+        else:
+            self.writer.open(name for unit in units for name in left[unit.key])
         temporaries_kept()
         with single_threaded_torch():
-            surveys: dict[TensorContext, Any] = {}
             if surveyed:
                 with self.timeline.phase("survey"):
-                    self._work(
-                        *("Survey", surveyed, self.plan.survey_bytes, self._survey_inputs),
-                        lambda reader, unit, stop: self._survey(reader, unit, surveys),
-                    )
+                    self._work("Survey", Survey(self.plan, self.method), surveyed)
             if self.prepared is None:
-                in_order = {unit.tensors[0]: surveys[unit.tensors[0]] for unit in surveyed}
+                in_order = {unit.tensors[0]: self._surveys[unit.tensors[0]] for unit in surveyed}
                 records = [record for _, record in self.plan.fishers]
                 self.method = self.method.prepared(in_order, records, self.plan.calibrated)
             with self.timeline.phase("merge"):
-                self._work(self.label, units, self.plan.merge_bytes, self._merge_inputs, self._merge_in_room)
+                self._work(self.label, Merge(self.plan, self.method, self.writer, self.room), units)
                 self.writer.wait()
         return self.method, {tensor.name: self.writer.entries[tensor.name] for tensor in self.plan.contexts}
 
-    def _work(
-        self,
-        label: str,
-        units: Sequence[Unit],
-        size: Callable[[Unit], int],
-        inputs: Callable[[Unit], Mapping[str, Inputs]],
-        do: Callable[[RowReader, Unit, Event], None],
-    ) -> None:
-        """Hand the units, in order, to the workers; the first error stops all, and sets the event that `do` gets.
+    def _work(self, label: str, work: UnitWork, units: Sequence[Unit]) -> None:
+        """Hand the units, in order, to the workers; the first error stops all."""
+        loads = [*batches(((unit, work.inputs(unit)) for unit in units), self.plan.budget.buffer_bytes)]
+        total, stop = sum(map(work.size, units)), Event()
+        with progress_bar(total, label, "B", self.progress) as bar:
+            begin = partial(_Worker, work, loads, stop)
+            told = partial(self._told, bar)
+            if self.plan.by_forks and self.room is None:
+                in_forks(self.plan.budget.workers, len(loads), begin, told, self._held)
+            else:
+                in_threads(self.plan.budget.workers, len(loads), begin, told, stop)
 
-        `size`: bytes a unit reads.
-        """
-        lock, stop = Lock(), Event()
-        queue = batches(((unit, inputs(unit)) for unit in units), self.plan.budget.buffer_bytes)
-        total = sum(size(unit) for unit in units)
-        bar = progress_bar(total, label, "B", self.progress)
+    def _held(self, count: int) -> None:
+        self.timeline.forks = count
 
-        def advance(count: int) -> None:
-            with lock:
-                bar.update(count)
-
-        def loop() -> None:
-            plan = self.plan
-            reader = RowReader(plan.budget.buffer_bytes, plan.recipe.allow_nonfinite, advance, again=label == "Survey")
-            while not stop.is_set():
-                with lock:
-                    batch = next(queue, None)
-                if batch is None:
-                    return
-                try:
-                    reader.load(batch)
-                    for unit, _ in batch:
-                        if stop.is_set():
-                            return
-                        do(reader, unit, stop)
-                        advance(max(size(unit) - reader.bytes_read, 0))  # a pass that was not needed
-                except BaseException:
-                    stop.set()
-                    raise
-
-        with bar, ThreadPoolExecutor(self.plan.budget.workers, "streammerge") as pool:
-            try:
-                for future in [pool.submit(loop) for _ in range(self.plan.budget.workers)]:
-                    future.result()
-            finally:
-                stop.set()
-
-    def _survey(self, reader: RowReader, unit: Unit, surveys: dict[TensorContext, Any]) -> None:
-        tensor = unit.tensors[0]
-        survey = self.method.survey(tensor)
-        assert survey is not None  # only such tensors are in the list
-        reader.open(unit, once=True)
-        state = survey.start(unit, {})
-        for block in reader.blocks():
-            survey.update(state, block)
-        surveys[tensor] = survey.finish(state)
-
-    def _merge_in_room(self, reader: RowReader, unit: Unit, stop: Event) -> None:
-        if self.room is None:
-            self._merge(reader, unit)
-        elif self.room.enter(unit.key, stop):
-            self._merge(reader, unit)
-            self.room.leave(unit.key)
-
-    def _merge(self, reader: RowReader, unit: Unit) -> None:
-        action = self.plan.actions[unit.tensors[0].name]
-        passes = list(self.method.passes(unit)) if action == "merge" else []
-        inputs = reader.open(unit, once=not any(step.reads_rows for step in passes))
-        results: dict[str, Any] = {}
-        if action == "merge":
-            if self.plan.calibrated is not None:
-                results["calibrated"] = {tensor.name: self.plan.calibrated.of(tensor.name) for tensor in unit.tensors}
-            for step in passes:
-                state = step.start(unit, results)
-                if state is not None:
-                    for block in reader.sample() if step.samples else reader.blocks() if step.reads_rows else ():
-                        step.update(state, block)
-                    results[step.name] = step.finish(state)
-        out = RowWriter(self.writer, self.plan.recipe.allow_nonfinite)
-        complete = {tensor.name for tensor in unit.tensors if self.writer.is_complete(tensor.name)}
-        for block in reader.blocks():
-            if action == "same":
-                self._require_same(block, inputs[block.tensor.name])
-            merged = self.method.apply(block, results) if action == "merge" else block.stored[0]
-            if block.tensor.name not in complete:
-                out.add(block, merged)
-                if block.row + len(merged) == block.tensor.rows:
-                    out.flush()
-        for tensor in unit.tensors:
-            if tensor.name not in complete:
-                report = self.method.report(tensor, results) if action == "merge" else {}
-                facts = {"block": tensor.block, "dtype": tensor.dtype, "shape": list(tensor.shape)}
-                counted = {"nonfinite": out.nonfinite[tensor.name]} if out.nonfinite[tensor.name] else {}
-                entry = {**facts, "numel": tensor.numel, **_scalars(report), **counted}
-                self.writer.complete(tensor.name, entry)
-
-    def _survey_inputs(self, unit: Unit) -> dict[str, Inputs]:
-        (tensor,) = unit.tensors
-        survey = self.method.survey(tensor)
-        fisher = survey is not None and survey.reads_fisher
-        return {tensor.name: self._inputs(tensor, self.plan.expert_inputs(tensor), fisher)}
-
-    def _merge_inputs(self, unit: Unit) -> dict[str, Inputs]:
-        return {
-            tensor.name: self._inputs(tensor, self.plan.expert_inputs(tensor), self.plan.reads_fisher(tensor))
-            for tensor in unit.tensors
-        }
-
-    def _inputs(self, tensor: TensorContext, experts: Sequence[tuple[Checkpoint, TensorInfo]], fisher: bool) -> Inputs:
-        plan, name = self.plan, tensor.name
-        return Inputs(
-            Input(plan.base, plan.base.tensors[name]),
-            tuple(Input(model, info) for model, info in experts),
-            tuple(Input(model, model.info(name)) for model, _ in plan.fishers) if fisher else (),
-        )
-
-    def _require_same(self, block: RowBlock, inputs: Inputs) -> None:
-        """Integers cannot be averaged; where the models disagree on one there is no right answer."""
-        base, *others = (values.contiguous().view(torch.uint8) for values in block.stored)
-        for values, source in zip(others, inputs.experts, strict=True):
-            if not torch.equal(base, values):
-                raise IncompatibleCheckpointsError(
-                    f"these models cannot be merged into {self.plan.base.id}:",
-                    [f"{source.model.id}: tensor {block.tensor.name!r} ({block.tensor.dtype}) holds other values"],
-                )
+    def _told(self, bar: tqdm[Any], message: Surveyed | Merged | _Read | _Confirmed) -> None:
+        """What a worker tells, from any thread."""
+        with self._lock:
+            match message:
+                case _Read(count):
+                    bar.update(count)
+                case Surveyed(tensor, result):
+                    self._surveys[tensor] = result
+                case Merged(name, entry, written):
+                    self.writer.complete(name, entry, written)
+                case _Confirmed(number, sums):
+                    model = self.plan.checkpoints[number]
+                    for name, checksum in sums.items():
+                        model.confirm(model.info(name), checksum)
 
 
-def _scalars(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists of one become their value: with one expert, one number."""
-    return {k: v[0] if isinstance(v, (list, tuple)) and len(v) == 1 else v for k, v in report.items()}
+@dataclass(frozen=True)
+class _Read:
+    """So many bytes were read, or turned out not to be needed."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class _Confirmed:
+    """Checksums of what was read, by the tensor's name, in one of the plan's checkpoints."""
+
+    number: int
+    sums: dict[str, int]
+
+
+class _Worker:
+    """Does some work on one batch of units after another, through a buffer of its own."""
+
+    def __init__(self, work: UnitWork, loads: Sequence[Batch], stop: Event, tell: Tell) -> None:
+        self._work, self._loads, self._stop, self._tell = work, loads, stop, tell
+        plan = work.plan
+        self._reader = RowReader(plan.budget.buffer_bytes, plan.recipe.allow_nonfinite, self._advance, work.again)
+        self._checkpoints = plan.checkpoints
+        self._confirmed = [len(model.confirmed()) for model in self._checkpoints]
+        self._read, self._told_at = 0, monotonic()
+
+    def __call__(self, number: int) -> None:
+        """Work on the batch of this number."""
+        self._reader.load(self._loads[number])
+        for unit, _ in self._loads[number]:
+            if self._stop.is_set():
+                return
+            self._work.do(self._reader, unit, self._tell, self._stop)
+            self._advance(max(self._work.size(unit) - self._reader.bytes_read, 0))  # a pass that was not needed
+        self._tell_progress()
+        for number, model in enumerate(self._checkpoints):
+            if sums := model.confirmed(self._confirmed[number]):
+                self._confirmed[number] += len(sums)
+                self._tell(_Confirmed(number, sums))
+
+    def _advance(self, count: int) -> None:
+        self._read += count
+        if monotonic() - self._told_at >= _SECONDS:
+            self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        self._tell(_Read(self._read))
+        self._read, self._told_at = 0, monotonic()

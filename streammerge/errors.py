@@ -15,6 +15,7 @@ cannot be printed is written as its escape in every message, so that none drives
 """
 
 from collections.abc import Sequence
+from typing import Self
 
 from streammerge.text import visible
 
@@ -58,6 +59,10 @@ class IncompatibleCheckpointsError(CheckpointError):
         self.mismatches = tuple(mismatches)
         separator = " " if len(self.mismatches) == 1 else "\n  - "
         Exception.__init__(self, separator.join(visible(line) for line in [summary, *self.mismatches]))
+        self._summary = summary
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, Sequence[str]]]:
+        return type(self), (self._summary, self.mismatches)
 
 
 class MemoryBudgetError(StreammergeError):

@@ -47,16 +47,23 @@ def available_memory(root: Path = _ROOT) -> int | None:
 
 
 class Resident(NamedTuple):
-    """Memory of this process that is in RAM, in bytes: now, and the most since it began."""
+    """Memory of this process that is in RAM, in bytes.
+
+    Attributes:
+        now, peak: all of it, now and the most since it began.
+        own: what belongs to no file, now; what is shared with the process it is a fork of counts.
+    """
 
     now: int
     peak: int
+    own: int
 
 
 def resident_memory(root: Path = _ROOT) -> Resident | None:
     """How much memory this process takes; None where the system does not say."""
     found = _sizes(root / "proc/self/status")
-    return Resident(found["VmRSS"], found["VmHWM"]) if {"VmRSS", "VmHWM"} <= found.keys() else None
+    keys = ("VmRSS", "VmHWM", "RssAnon")
+    return Resident(*(found[key] for key in keys)) if found.keys() >= set(keys) else None
 
 
 def require_memory(peak: int, doing: str, advice: str) -> None:

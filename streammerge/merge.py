@@ -121,7 +121,7 @@ def merge(
             check_calibration(job.models, job.recipe.calibration, run)
         _require_resources(job, run, out, save_fisher, keep=keep, overwrite=overwrite, check_disk=check_disk)
         licences = [stated_licence(model) for model in job.models]
-        inputs = [*job.models, *(fisher for fisher, _ in job.fishers)]
+        inputs = job.checkpoints
         identity = _identity(job, inputs, sources)
         elsewhere = push.uploaded_before if push is not None else nothing_elsewhere
         label = f"push to {push.settings.where}" if push is not None and not keep else None
@@ -186,7 +186,7 @@ def _write(
         ):
             room = push.room if push is not None else None
             method, entries = Engine(job, writer, progress, room, timeline=timeline).run()
-        for model in (*job.models, *(fisher for fisher, _ in job.fishers)):
+        for model in job.checkpoints:
             model.require_unchanged()  # before anything of it becomes visible
         result = manifest(job, method, sources, entries, writer.finished)
         files = _other_files(job, result, licences)

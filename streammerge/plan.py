@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from streammerge.actions import Action, action_on, surveyed, units_of, with_fisher
-from streammerge.budget import DEFAULT_MAX_RAM, IMPORT_BYTES, Budget, make_budget, unit_bytes
+from streammerge.budget import DEFAULT_MAX_RAM, FORK_BYTES, IMPORT_BYTES, WORTH_FORKING, Budget, make_budget, unit_bytes
 from streammerge.calibration import CalibrationCost, calibration_cost
 from streammerge.calibration.store import Calibrated, check_texts
 from streammerge.checkpoints.checkpoint import CARD_FILE, Checkpoint, block_index, decoder_prefix
@@ -24,6 +24,7 @@ from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import STORED_AS, FisherRecord, FisherSettings, open_fisher
 from streammerge.hub.pull import HubMode
 from streammerge.hub.xet import CLIENT_BYTES, ram_for_xet, xet_share
+from streammerge.jobs import can_fork
 from streammerge.methods.api import Method, TensorContext, Unit
 from streammerge.recipe import Recipe, RecipeLike, Resolved, make_recipe, resolve_method
 from streammerge.tokenizers import tokenizer_notes
@@ -80,6 +81,11 @@ class MergePlan:
     def models(self) -> list[Checkpoint]:
         """The base and the fine-tuned models."""
         return [self.base, *self.experts]
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """All that is read: the models, and the Fishers as far as they are there."""
+        return [*self.models, *(fisher for fisher, _ in self.fishers)]
 
     @property
     def of_fishers(self) -> list[Checkpoint]:
@@ -157,6 +163,12 @@ class MergePlan:
         surveys = sum(self.survey_bytes(Unit(tensor.name, (tensor,))) for tensor in self.surveyed)
         return surveys + sum(self.merge_bytes(unit) for unit in self.units)
 
+    @property
+    def by_forks(self) -> bool:
+        """Whether several workers are forks of this process: where bytes come over the network they are threads."""
+        local = not self.uploads and all(model.is_local for model in self.checkpoints)
+        return self.budget.workers > 1 and local and self.bytes_to_read() >= WORTH_FORKING and can_fork()
+
     def travel(self, fishers: Sequence[FisherPlacement], calibration: CalibrationCost | None) -> Travel | None:
         """What comes over the network; None where no model is on the Hub.
 
@@ -204,7 +216,7 @@ class MergePlan:
         hosted = [fisher.host_bytes for fisher in placed] + ([calibration.host_bytes] if calibration else [])
         passes_host = [beside + size for size in hosted]
         imported = WITH_TRANSFORMERS if hosted else IMPORT_BYTES  # one process does it all
-        merges = imported + self.budget.total + beside
+        merges = imported + self.budget.total + beside + (self.budget.workers * FORK_BYTES if self.by_forks else 0)
         return {
             "method": self.recipe.method,
             "parameters_of_method": self.resolved.parameters,

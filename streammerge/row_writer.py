@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,16 +18,21 @@ PIECE = 1 << 20  # bytes of the output that are written at a time: a share of th
 
 
 class Writer(Protocol):
-    """What takes the merged rows: a `CheckpointWriter`, or what compares them with one that is there."""
+    """What takes the merged rows: a `CheckpointWriter`, or what compares them with one that is there.
+
+    Once the tensors were opened, `write` works in a fork too; what it returns goes to `complete`, which does not.
+    """
 
     @property
     def entries(self) -> Mapping[str, Any]: ...
 
     def is_complete(self, name: str) -> bool: ...
 
-    def write(self, name: str, start: int, data: memoryview) -> None: ...
+    def open(self, names: Iterable[str]) -> None: ...
 
-    def complete(self, name: str, entry: Mapping[str, Any]) -> None: ...
+    def write(self, name: str, start: int, data: memoryview) -> Any: ...
+
+    def complete(self, name: str, entry: Mapping[str, Any], written: Sequence[Any]) -> None: ...
 
     def wait(self) -> None: ...
 
@@ -41,6 +46,7 @@ class RowWriter:
 
     Attributes:
         nonfinite: tensor name -> how many NaN and Inf were written.
+        written: tensor name -> what the writer returned for each piece.
     """
 
     def __init__(self, writer: Writer, allow_nonfinite: bool) -> None:
@@ -48,6 +54,7 @@ class RowWriter:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._filled = 0
         self.nonfinite: Counter[str] = Counter()
+        self.written: dict[str, list[Any]] = {}
 
     def add(self, block: RowBlock, merged: Tensor) -> None:
         """The next tile of the tensor; the first one may be any."""
@@ -72,7 +79,8 @@ class RowWriter:
         if self._filled:
             piece = self._memory[: self._filled]
             self._count(piece.view(torch_dtype(self._tensor.dtype)))
-            self._writer.write(self._tensor.name, self._start, as_bytes(piece))
+            written = self._writer.write(self._tensor.name, self._start, as_bytes(piece))
+            self.written.setdefault(self._tensor.name, []).append(written)
             self._filled = 0
 
     def _count(self, values: Tensor) -> None:

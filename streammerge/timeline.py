@@ -19,7 +19,7 @@ class Phase:
 
     Attributes:
         seconds: how long it took, by a clock that nobody sets.
-        peak_bytes: the most resident memory of the process in it; None where the system does not say.
+        peak_bytes: the most resident memory of the process and its forks in it; None where the system does not say.
     """
 
     name: str
@@ -30,12 +30,17 @@ class Phase:
 class Timeline:
     """The phases of a job, one after another.
 
-    The peak of a phase that is the process's highest so far is exact, the system keeps it; that of another phase is
-    the highest of looks ten times a second.
+    The peak of a phase that is the process's highest so far is exact, the system keeps it; that of another phase, or
+    with forks, is the highest of looks ten times a second.
+
+    Attributes:
+        phases: those that are over.
+        forks: bytes that forks hold now besides what they share with this process.
     """
 
     def __init__(self) -> None:
         self.phases: list[Phase] = []
+        self.forks = 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -46,7 +51,7 @@ class Timeline:
         def look() -> None:
             while not over.wait(_SECONDS):
                 if memory := resident_memory():
-                    seen.append(max(seen.pop(), memory.now))
+                    seen.append(max(seen.pop(), memory.now + self.forks))
 
         looking = Thread(target=look, name="streammerge-memory", daemon=True)
         if before is not None:
@@ -60,5 +65,5 @@ class Timeline:
         after = resident_memory()
         peak = None
         if before is not None and after is not None:
-            peak = after.peak if after.peak > before.peak else max(seen[0], after.now)
+            peak = max(seen[0], after.peak if after.peak > before.peak else after.now)
         self.phases.append(Phase(name, monotonic() - begun, peak))

@@ -67,6 +67,7 @@ class Processes:
         sync_seconds: float = 2.0,
         threads: int = 1,
         report: bool = False,
+        forks: bool = False,
     ) -> Ended:
         """Run the command line.
 
@@ -79,13 +80,14 @@ class Processes:
             sync_seconds: how often what is complete is recorded besides.
             threads: workers of a Fisher pass.
             report: let a merge leave its report, which no two runs share.
+            forks: have several workers of a merge be forks, however small it is.
         """
         assert self._server.stdin is not None and self._server.stdout is not None
         log, err = self.folder / "log", self.folder / "err"
         job = {"arguments": [str(a) for a in arguments], "at": at, "delay": delay, "signal": signal}
         job |= {"stuck": stuck, "grace": grace}
         job |= {"log": str(log), "err": str(err), "sync": sync_seconds, "threads": threads}
-        job |= {"report": report}
+        job |= {"report": report, "forks": forks}
         print(json.dumps(job), file=self._server.stdin, flush=True)
         status = int(self._server.stdout.readline())
         lines = [line.split(" ", 1) for line in log.read_text().splitlines()]
@@ -131,6 +133,8 @@ def _child(job: dict[str, Any]) -> None:
         torch.set_num_threads(job["threads"])
         signals.GRACE_SECONDS = job["grace"] or signals.GRACE_SECONDS
         writer.SYNC_SECONDS = job["sync"]
+        if job["forks"]:
+            importlib.import_module("streammerge.plan").WORTH_FORKING = 0
         if not job["report"]:
             importlib.import_module("streammerge.merge").draw_report = lambda *args: {}
         _watch(_Steps(job))
@@ -206,7 +210,7 @@ def _watch(steps: _Steps) -> None:
         (_FisherSink, "write", lambda self, name, start, values: f"write {name} {start}"),
         (_FisherSink, "done", lambda self, name, reached=True: f"done {name}"),
         (_FisherSink, "sync", lambda self: "sync"),
-        (CheckpointWriter, "complete", lambda self, name, entry: f"complete {name}"),
+        (CheckpointWriter, "complete", lambda self, name, entry, written: f"complete {name}"),
         (CheckpointWriter, "publish", lambda self, *files: "publish"),
         (HubTarget, "prepare", lambda self: "prepare"),
         (HubTarget, "upload", lambda self, name, file: f"upload {name}"),

@@ -459,8 +459,8 @@ def test_an_interrupted_merge_goes_on(
     assert run(*pair, "--out", tmp_path / "whole").code == 0
     complete = CheckpointWriter.complete
 
-    def stopping(self: CheckpointWriter, name: str, entry: dict[str, Any]) -> None:
-        complete(self, name, entry)
+    def stopping(self: CheckpointWriter, name: str, *rest: Any) -> None:
+        complete(self, name, *rest)
         if name == MATRIX:
             self.wait()
             raise KeyboardInterrupt

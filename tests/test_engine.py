@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import streammerge
-from streammerge import engine
+from streammerge import engine, unit_work
 from streammerge.budget import run_bytes
 from streammerge.calibration.store import Calibrated
 from streammerge.checkpoints.checkpoint import Checkpoint
@@ -293,25 +293,25 @@ def test_an_interrupted_merge_goes_on_where_it_was(
 ) -> None:
     job = {**recipe(trio, method), "max_shard_bytes": 3000}
     reference = streammerge.merge(job, tmp_path / "reference")
-    plain = engine.Engine._merge
+    plain = unit_work.Merge.do
     shards = len(reference["shards"])
     for limit in range(0, len(reference["tensors"]), 3):
         merged: list[str] = []
 
-        def stop_after(self: Any, reader: Any, unit: Any, limit: int = limit, merged: list[str] = merged) -> None:
+        def stop_after(*given: Any, limit: int = limit, merged: list[str] = merged) -> None:
             if len(merged) == limit:
                 raise StopError
-            plain(self, reader, unit)
-            merged.append(unit.key)
+            plain(*given)
+            merged.append(given[2].key)
 
         out = tmp_path / f"out{limit}"
-        monkeypatch.setattr(engine.Engine, "_merge", stop_after)
+        monkeypatch.setattr(unit_work.Merge, "do", stop_after)
         with pytest.raises(StopError):
             streammerge.merge(job, out, threads=1)
         assert not (out / "model.safetensors.index.json").exists()
         with pytest.raises(CheckpointError):
             Checkpoint.open(out)
-        monkeypatch.setattr(engine.Engine, "_merge", plain)
+        monkeypatch.setattr(unit_work.Merge, "do", plain)
         resumed = streammerge.merge(job, out, threads=1)
         assert resumed == reference
         assert digests(out) == digests(tmp_path / "reference")
@@ -329,12 +329,12 @@ def test_a_merge_interrupted_within_a_shard_writes_no_tensor_twice(
     written: list[str] = []
     limit = 0
 
-    def write(self: CheckpointWriter, name: str, start: int, data: memoryview) -> None:
+    def write(self: CheckpointWriter, name: str, start: int, data: memoryview) -> int:
         if start == 0:
             if len(written) == limit:
                 raise StopError
             written.append(name)
-        plain(self, name, start, data)
+        return plain(self, name, start, data)
 
     monkeypatch.setattr(CheckpointWriter, "write", write)
     for done in range(1, len(names), 4):

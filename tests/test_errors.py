@@ -1,6 +1,7 @@
 """The error tree: as drawn, all catchable at once, every message intact."""
 
 import inspect
+import pickle
 import re
 from pathlib import Path
 
@@ -42,6 +43,14 @@ def test_every_error_is_caught_by_the_root_and_keeps_its_message(cls: type[Strea
         raise cls(message)
     assert type(caught.value) is cls
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("cls", CLASSES.values())
+def test_every_error_can_come_from_another_process(cls: type[StreammergeError]) -> None:
+    lines = (["one", "an\x1bother"],) if cls is IncompatibleCheckpointsError else ()
+    error = cls("model 'a': \x1b[31m", *lines)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES.keys() - {"StreammergeError"}))

@@ -16,8 +16,9 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 
 def test_what_the_system_says_of_memory(tmp_path: Path) -> None:
     (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/status").write_text("Name:\tpython kB\nVmHWM:\t    30 kB\nVmRSS:\t    20 kB\nThreads:\t3\n")
-    assert resident_memory(tmp_path) == Resident(20 << 10, 30 << 10)
+    sizes = "VmHWM:\t    30 kB\nVmRSS:\t    20 kB\nRssAnon:\t     9 kB\n"
+    (tmp_path / "proc/self/status").write_text(f"Name:\tpython kB\n{sizes}Threads:\t3\n")
+    assert resident_memory(tmp_path) == Resident(20 << 10, 30 << 10, 9 << 10)
     assert resident_memory(tmp_path / "elsewhere") is None
 
 

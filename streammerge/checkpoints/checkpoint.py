@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -152,6 +153,10 @@ class Checkpoint:
                 "command again once nothing writes there; if nothing does, check disk and memory"
             )
 
+    def confirmed(self, since: int = 0) -> dict[str, int]:
+        """What `confirm` was told for the first time, by name, but for the first `since` of them."""
+        return dict(islice(self._sums.items(), since, None))
+
     def stamps(self) -> dict[str, tuple[int, int]]:
         """Size in bytes, and time of the last change in ns, of every weight file of a local folder."""
         stamps = {file: source.stamp for file, source in self._sources.items() if self.folder is not None}
@@ -169,6 +174,11 @@ class Checkpoint:
     def is_streamed(self, info: TensorInfo) -> bool:
         """Whether the tensor's bytes travel over the network every time they are read."""
         return self._sources[info.file].streamed
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all of it is read from files that are there already."""
+        return all(source.stamp is not None for source in self._sources.values())
 
     @property
     def missing_bytes(self) -> int:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import reduce
 from pathlib import Path
 from threading import Lock
 from typing import Any, Self
@@ -82,7 +83,7 @@ class CheckpointWriter:
         self._shard_of = {info.name: shard for shard in shards for info in shard.tensors}
         self._info_of = {info.name: info for shard in shards for info in shard.tensors}
         self._files: dict[str, ShardFile] = {}
-        self._sums: dict[str, int] = {}  # of the bytes of every tensor that this run wrote, see `checksum.py`
+        self._sums: dict[str, int] = {}  # of the bytes of every tensor that this run completed, see `checksum.py`
         self._unrecorded: set[str] = set()  # complete, but in no line of the journal
         self._recorded_at = time.monotonic()
         self._failure: BaseException | None = None
@@ -110,24 +111,43 @@ class CheckpointWriter:
         """Whether the tensor was completed by this or an earlier run."""
         return name in self.entries
 
-    def write(self, name: str, start: int, data: memoryview) -> None:
-        """Write bytes of a tensor, from byte `start` of the tensor on. Any order, any thread."""
+    def open(self, names: Iterable[str]) -> None:
+        """Open the files of tensors that are not complete, and reserve their room: a full disk shows now.
+
+        After that forks of this process may `write` to them, and nothing else.
+        """
+        with self._lock:
+            for name in names:
+                self._open(name)
+
+    def write(self, name: str, start: int, data: memoryview) -> int:
+        """Write bytes of a tensor, from byte `start` of the tensor on. Any order, any thread.
+
+        Returns:
+            What they add to the tensor's checksum, for `complete`.
+        """
         info = self._info_of[name]
         if start < 0 or start + len(data) > info.nbytes:
             raise ValueError(f"bytes {start}..{start + len(data)} of {name!r}, which has {info.nbytes}")
-        with self._lock:
-            file = self._open(name)
+        file = self._files.get(self._shard_of[name].file)  # a fork must not take the lock: who holds it may be no more
+        if file is None or name in self.entries:
+            with self._lock:
+                file = self._open(name)
         file.write(info.start + start, data)
-        added = part_sum(data, start)
-        with self._lock:
-            self._sums[name] = add(self._sums.get(name, 0), added)
+        return part_sum(data, start)
 
-    def complete(self, name: str, entry: Mapping[str, Any]) -> None:
-        """All bytes of the tensor are written; `entry` is what the journal and the report keep of it, as JSON."""
+    def complete(self, name: str, entry: Mapping[str, Any], written: Iterable[int]) -> None:
+        """All bytes of the tensor are written.
+
+        Args:
+            entry: what the journal and the report keep of it, as JSON.
+            written: what every `write` to it returned.
+        """
         plain = json.loads(json.dumps(entry))  # what the journal gives back: tuples are lists
         with self._lock:
             file = self._open(name)
             self.entries[name] = plain
+            self._sums[name] = reduce(add, written, 0)
             self._unrecorded.add(name)
             file.complete.add(name)
             self._raise_failures()
@@ -147,7 +167,7 @@ class CheckpointWriter:
             if names:
                 for file in files:
                     file.flush()  # before the journal says so
-                sums = {name: self._sums.get(name, 0) for name in names}
+                sums = {name: self._sums[name] for name in names}
                 self._journal.append({"tensors": {name: self.entries[name] for name in names}, "sums": sums})
                 self._forget(names)
             self._recorded_at = time.monotonic()
@@ -181,7 +201,6 @@ class CheckpointWriter:
             with self._lock:
                 for name in self.finished.pop(file)["tensors"]:
                     del self.entries[name]
-                    self._sums.pop(name, None)
 
     def wait(self) -> None:
         """Wait for the hashing thread; raise what went wrong there."""

@@ -232,6 +232,7 @@ class _FisherSink:
         self._writer, self._dtype, self._phases = writer, dtype, phases
         self._sums: dict[str, list[float]] = {}
         self._most: dict[str, float] = {}
+        self._written: dict[str, list[int]] = {}
         self._lock = Lock()
 
     def has(self, name: str) -> bool:
@@ -246,8 +247,9 @@ class _FisherSink:
             total = values.sum(-1).sum(dtype=torch.float64).item()
             most = values.max().item() if values.numel() else 0.0
             stored = values.to(self._dtype).to("cpu").contiguous()
-            self._writer.write(name, start * self._dtype.itemsize, as_bytes(stored))
+            written = self._writer.write(name, start * self._dtype.itemsize, as_bytes(stored))
         with self._lock:
+            self._written.setdefault(name, []).append(written)
             self._sums.setdefault(name, []).append(total)
             self._most[name] = max(self._most.get(name, 0.0), most)
         return total
@@ -255,7 +257,8 @@ class _FisherSink:
     def done(self, name: str, reached: bool = True) -> None:
         numel = self._writer.info(name).numel
         mean = math.fsum(self._sums.pop(name, ())) / max(numel, 1)
-        self._writer.complete(name, {"mean": mean, "max": self._most.pop(name, 0.0), "reached": reached})
+        entry = {"mean": mean, "max": self._most.pop(name, 0.0), "reached": reached}
+        self._writer.complete(name, entry, self._written.pop(name, ()))
 
     def sync(self) -> None:
         with self._phases.time("state"):

@@ -6,7 +6,7 @@ import math
 import os
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -64,7 +64,7 @@ def rederive(folder: Path, manifest: Manifest, check: SourceCheck, progress: boo
     }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Difference:
     """Where a tensor is not what its sources give."""
 
@@ -112,28 +112,29 @@ class Comparer:
     def is_complete(self, name: str) -> bool:
         return name not in self._left
 
-    def write(self, name: str, start: int, data: memoryview) -> None:
+    def open(self, names: Iterable[str]) -> None: ...
+
+    def write(self, name: str, start: int, data: memoryview) -> Difference | None:
         """Compare bytes of a tensor, from byte `start` of the tensor on."""
         info = self._output.info(name)
         found = bytearray(len(data))
         self._output.read_into(info, start, memoryview(found))
         if found == data:
-            return
+            return None
         dtype, width = torch_dtype(info.dtype), info.nbytes // info.numel
         bits = [torch.frombuffer(raw, dtype=torch.uint8).view(-1, width) for raw in (found, bytearray(data))]
         places = (bits[0] != bits[1]).any(1).nonzero().flatten()
         at = int(places[0])
         values = [float(raw[at].view(dtype).double()) for raw in bits]
-        with self._lock:
-            known = self.differing.get(name)
-            here = Difference(info.shape, len(places), start // width + at, *values)
-            if known is not None:
-                first = min(known, here, key=lambda difference: difference.first)
-                here = Difference(info.shape, known.elements + here.elements, first.first, first.found, first.expected)
-            self.differing[name] = here
+        return Difference(info.shape, len(places), start // width + at, *values)
 
-    def complete(self, name: str, entry: Mapping[str, Any]) -> None:
+    def complete(self, name: str, entry: Mapping[str, Any], written: Sequence[Difference | None]) -> None:
+        """All of the tensor was compared; `written` is what every `write` returned."""
+        found = [difference for difference in written if difference is not None]
         with self._lock:
+            if found:
+                first = min(found, key=lambda difference: difference.first)
+                self.differing[name] = replace(first, elements=sum(difference.elements for difference in found))
             self._left.discard(name)
 
     def wait(self) -> None: ...

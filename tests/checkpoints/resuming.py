@@ -32,8 +32,7 @@ def entry(name: str) -> dict[str, Any]:
 
 def fill(target: CheckpointWriter, names: Iterable[str]) -> None:
     for name in names:
-        target.write(name, 0, memoryview(STATE[name]))
-        target.complete(name, entry(name))
+        target.complete(name, entry(name), [target.write(name, 0, memoryview(STATE[name]))])
 
 
 def interrupted(out: Path, names: Iterable[str]) -> None:

@@ -69,7 +69,7 @@ def test_a_shard_cut_behind_our_back_while_it_is_hashed(out: Path) -> None:
     with CheckpointWriter(out, planned(STATE), IDENTITY) as writer:
         writer.write("c", 0, memoryview(raw(STATE["c"])))
         os.truncate(out / WORK_DIR / FILES[1], 500)
-        writer.complete("c", {})
+        writer.complete("c", {}, [])
         with pytest.raises(TransferError, match=f"{FILES[1]}: ended at byte 500"):
             writer.wait()
 

@@ -50,7 +50,7 @@ def test_a_tensor_of_an_earlier_run_cannot_be_written_again(out: Path, whole: di
         with pytest.raises(RuntimeError, match="tensor 'b' is already complete"):
             target.write("b", 0, memoryview(b"x"))
         with pytest.raises(RuntimeError, match="tensor 'b' is already complete"):
-            target.complete("b", {})
+            target.complete("b", {}, [])
     assert finish(out) == [name for name in STATE if name != "b"]
     assert content(out) == whole
 

@@ -56,8 +56,7 @@ def run(
                 for number in mine:
                     assert room.enter(str(number), done)
                     for name in works[number]:
-                        writer.write(name, 0, memoryview(b"x"))
-                        writer.complete(name, {})
+                        writer.complete(name, {}, [writer.write(name, 0, memoryview(b"x"))])
                     room.leave(str(number))
 
         for future in [pool.submit(remove), *(pool.submit(work) for _ in range(workers))]:
@@ -90,8 +89,7 @@ def opened(folder: Path, count: int) -> tuple[CheckpointWriter, DiskRoom]:
 
 
 def write(writer: CheckpointWriter, number: int) -> None:
-    writer.write(f"t{number}", 0, memoryview(b"x"))
-    writer.complete(f"t{number}", {})
+    writer.complete(f"t{number}", {}, [writer.write(f"t{number}", 0, memoryview(b"x"))])
 
 
 def test_a_third_shard_waits_until_one_is_gone(tmp_path: Path) -> None:

@@ -107,8 +107,10 @@ def test_any_order_and_any_thread_give_the_same_bytes(out: Path, expected: dict[
     rng.shuffle(names)
     shards = planned(STATE)
     with CheckpointWriter(out, shards, IDENTITY) as writer, ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda p: writer.write(p[0], p[1], memoryview(raw(STATE[p[0]])[p[1] : p[1] + 16])), pieces))
-        list(pool.map(lambda name: writer.complete(name, {}), names))
+        sums = pool.map(lambda p: writer.write(p[0], p[1], memoryview(raw(STATE[p[0]])[p[1] : p[1] + 16])), pieces)
+        written = [*zip(pieces, sums, strict=True)]
+        of = {name: [added for (piece_of, _), added in written if piece_of == name] for name in names}
+        list(pool.map(lambda name: writer.complete(name, {}, of[name]), names))
         writer.publish(others(shards))
     assert content(out) == expected
 
@@ -174,7 +176,7 @@ def test_a_finished_shard_cannot_be_written_again(out: Path) -> None:
             with pytest.raises(RuntimeError, match=f"tensor '{name}' is already complete"):
                 writer.write(name, 0, memoryview(b""))
             with pytest.raises(RuntimeError, match=f"tensor '{name}' is already complete"):
-                writer.complete(name, {})
+                writer.complete(name, {}, [])
         writer.publish({})
     assert raw(load_file(out / FILES[1])["c"]) == raw(STATE["c"])
 
@@ -188,8 +190,7 @@ def test_leaving_the_context_ends_the_hashing_thread(out: Path, open_fds: set[in
 
     with CheckpointWriter(out, planned(STATE), IDENTITY) as writer:
         for name in STATE:
-            writer.write(name, 0, memoryview(raw(STATE[name])))
-            writer.complete(name, {})
+            writer.complete(name, {}, [writer.write(name, 0, memoryview(raw(STATE[name])))])
         assert len(hashers()) == 1
     assert hashers() == []
     assert not open_fds

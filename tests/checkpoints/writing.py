@@ -54,8 +54,8 @@ def fill(writer: CheckpointWriter, state: State, names: Iterable[str] | None = N
     """Write the tensors that are not complete yet, as an engine does."""
     for name in state if names is None else names:
         if not writer.is_complete(name):
-            writer.write(name, 0, memoryview(raw(state[name])))
-            writer.complete(name, {"numel": state[name].numel()})
+            written = writer.write(name, 0, memoryview(raw(state[name])))
+            writer.complete(name, {"numel": state[name].numel()}, [written])
     writer.wait()
 
 

@@ -16,9 +16,9 @@ from tiny_models import MATRIX, WEIGHTS, Models, content
 import streammerge
 from streammerge.budget import run_bytes
 from streammerge.checkpoints import disk
-from streammerge.engine import Engine
 from streammerge.errors import CheckpointError, OutputExistsError, StreammergeError
 from streammerge.methods import api
+from streammerge.unit_work import Merge
 
 FISHER = {"samples": 2, "length": 8}
 
@@ -164,13 +164,13 @@ class Changing:
     def __init__(self, change: Callable[[Path], object], path: Path, after: int) -> None:
         self._change, self._path, self._after = change, path, after
         self.merged: Counter[str] = Counter()
-        self._plain = Engine._merge
+        self._plain = Merge.do
 
-    def merge(self, engine: Engine, reader: Any, unit: Any) -> None:
+    def merge(self, work: Merge, reader: Any, unit: Any, *rest: Any) -> None:
         if self.merged.total() == self._after:
             self._change(self._path)
         self.merged[unit.key] += 1
-        self._plain(engine, reader, unit)
+        self._plain(work, reader, unit, *rest)
 
 
 @pytest.mark.parametrize("model", ["base", "ft"])
@@ -183,7 +183,7 @@ def test_a_file_that_changes_while_it_is_read(
     monkeypatch.setattr("streammerge.row_reader.SMALL", 1)  # one unit at a time: what is merged later is read later
     with monkeypatch.context() as patch:
         changing = Changing(CHANGES[change], path, after=3)
-        patch.setattr(Engine, "_merge", lambda *arguments: changing.merge(*arguments))
+        patch.setattr(Merge, "do", lambda *arguments: changing.merge(*arguments))
         with pytest.raises(StreammergeError) as caught:
             merge(job, out)
     text = str(caught.value)
@@ -201,7 +201,7 @@ def test_the_call_after_a_change_starts_from_nothing(
     monkeypatch.setattr("streammerge.row_reader.SMALL", 1)
     with monkeypatch.context() as patch:
         changing = Changing(rewrite, models.ft / WEIGHTS, after=9)
-        patch.setattr(Engine, "_merge", lambda *arguments: changing.merge(*arguments))
+        patch.setattr(Merge, "do", lambda *arguments: changing.merge(*arguments))
         with pytest.raises(CheckpointError):
             merge(job, out)
     merge(job, tmp_path / "fresh")
@@ -225,7 +225,7 @@ def test_an_unfinished_run_of_other_inputs_is_not_gone_on_with(
     monkeypatch.setattr("streammerge.row_reader.SMALL", 1)
     with monkeypatch.context() as patch:
         changing = Changing(stop, models.ft, after=9)
-        patch.setattr(Engine, "_merge", lambda *arguments: changing.merge(*arguments))
+        patch.setattr(Merge, "do", lambda *arguments: changing.merge(*arguments))
         with pytest.raises(StoppedError):
             merge(job, out)
     before = content(out)

@@ -39,11 +39,13 @@ class Case:
 
     options: tuple[str, ...]
     phases: tuple[str, ...]
+    forks: bool = False
 
 
 CASES = {
     "fim_ties": Case(("--fisher-samples", "2", "--fisher-length", "16", "--device", "cpu"), PHASES),
     "ties": Case(("-m", "ties", "--threads", "2"), ("start", "merge", "finalise")),
+    "forks": Case(("-m", "ties", "--threads", "2"), ("start", "merge", "finalise"), forks=True),
     "many shards": Case(("-m", "dare_ties", "--max-shard-size", "30KB"), ("start", "merge", "finalise")),
 }
 
@@ -113,7 +115,8 @@ class Victim:
         return True
 
     def _run(self, out: Path, at: str | None = None, delay: float | None = None, sync: float = 2.0) -> Ended:
-        return self.processes.run(*self._arguments, "--out", out, at=at, delay=delay, sync_seconds=sync)
+        how = {"at": at, "delay": delay, "sync_seconds": sync, "forks": self.case.forks}
+        return self.processes.run(*self._arguments, "--out", out, **how)
 
     def _phases(self, ended: Ended) -> dict[str, tuple[str | None, float]]:
         """The first step of each phase, and how many seconds the phase lasts."""

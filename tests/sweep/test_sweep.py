@@ -170,11 +170,11 @@ def test_stopped_inside_of_a_merge_it_goes_on_there(
     complete = CheckpointWriter.complete
     done: list[str] = []
 
-    def counting(self: CheckpointWriter, name: str, entry: Mapping[str, Any]) -> None:
+    def counting(self: CheckpointWriter, name: str, *rest: Any) -> None:
         if len(done) == stop_at:
             raise KeyboardInterrupt
         done.append(name)
-        complete(self, name, entry)
+        complete(self, name, *rest)
 
     monkeypatch.setattr(CheckpointWriter, "complete", counting)
     total = 2 * len(tensors(Path(recipe["base"])))
@@ -229,7 +229,7 @@ def counting(self, name, entry):
         print(self.folder.name, name, file=file)
     if len(open(log).readlines()) == at:
         os.kill(os.getpid(), signal.SIGKILL)
-    complete(self, name, entry)
+    complete(self, name, *rest)
 
 def score(folder, *, limit=None, progress=True):
     with open(log, "a") as file:
