@@ -1,13 +1,13 @@
-"""Where the time of one merge goes: read, look, each pass, apply, write, hash, sync, wait; thread by thread.
+"""Where the time of one merge goes: read, look, each pass, apply, write, hash, sync, wait; by thread and worker.
 
     python benchmarks/where_time_goes.py
     python benchmarks/where_time_goes.py --method ties --base pair/base --ft pair/ft --threads 1
 
-One merge in this process, with a clock wrapped around the calls that do the work; they stay as they are in a merge
-without it. A phase's time is its own, without that of the phases it calls. Two numbers per thread: wall time, and the
-processor's time in it (user and system). What lies between them is waiting: for the disk, for a processor that other
-threads have, for Python's lock. "rest" of a thread is what no phase accounts for. The method's passes go by the names
-of their classes. A Fisher, where one is needed, is measured before and not part of it.
+One merge by this process and its forks, with a clock wrapped around the calls that do the work; they stay as they are
+in a merge without it. A phase's time is its own, without that of the phases it calls. Two numbers per thread or fork:
+wall time, and the processor's time in it (user and system). What lies between them is waiting: for the disk, for a
+processor that others have. "rest" is what no phase accounts for. The method's passes go by the names of their classes.
+A Fisher, where one is needed, is measured before and not part of it.
 """
 
 from __future__ import annotations
@@ -18,21 +18,24 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import wraps
+from dataclasses import dataclass
+from functools import partial, wraps
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from measuring import machine
 
-from streammerge import METHODS, fisher, make_recipe, plan, row_reader
+from streammerge import METHODS, engine, fisher, make_recipe, plan, row_reader
 from streammerge.checkpoints.shard_file import ShardFile
 from streammerge.checkpoints.source import LocalFile
 from streammerge.checkpoints.writer import CheckpointWriter
 from streammerge.engine import Engine
+from streammerge.jobs import Begin, Tell, in_forks
 from streammerge.methods.api import Method, Pass
 from streammerge.row_reader import RowReader
 from streammerge.row_writer import RowWriter
+from streammerge.unit_work import Merge, Survey
 from streammerge.units import parse_size
 
 Times = dict[str, list[float]]  # phase -> wall seconds, processor seconds, calls
@@ -43,7 +46,7 @@ class Clock:
     """Wall and processor time per thread and phase.
 
     Attributes:
-        threads: name of the thread -> its phases.
+        threads: name of the thread, or of the fork -> its phases.
     """
 
     def __init__(self) -> None:
@@ -94,9 +97,41 @@ class Clock:
         self.wrap(CheckpointWriter, "wait", "wait for the hash")
         self.wrap(Engine, "_work", "wait for the workers")
         self.wrap(RowReader, "__init__", "rest")
-        self.wrap(Engine, "_merge_in_room", "rest")
-        self.wrap(Engine, "_survey", "rest")
+        self.wrap(Merge, "do", "rest")
+        self.wrap(Survey, "do", "rest")
         self.wrap(RowReader, "load", "rest")
+        vars(engine)["in_forks"] = partial(self.in_forks, in_forks)
+
+    def in_forks(self, plain: Callable[..., None], count: int, jobs: int, begin: Begin, told: Tell, *rest: Any) -> None:
+        """`jobs.in_forks`, whose forks tell their times too, behind each job."""
+        names: dict[int, str] = {}
+
+        def beginning(tell: Tell) -> Callable[[int], object]:
+            self.threads.clear()
+            do = begin(tell)
+
+            def one(number: int) -> None:
+                do(number)
+                tell(_OfFork(os.getpid(), dict(self.threads[threading.current_thread().name])))
+
+            return one
+
+        def hear(message: Any) -> None:
+            if isinstance(message, _OfFork):
+                name = names.setdefault(message.pid, f"worker {len(names) + 1}")
+                self.threads[name] = defaultdict(lambda: [0.0, 0.0, 0], message.times)
+            else:
+                told(message)
+
+        plain(count, jobs, beginning, hear, *rest)
+
+
+@dataclass(frozen=True)
+class _OfFork:
+    """The times of a fork so far."""
+
+    pid: int
+    times: Times
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
@@ -142,7 +177,7 @@ def measure(method: str, base: Path, experts: list[Path], out: Path, max_ram: in
             Engine(planned, writer, progress=False).run()
             wall, after = time.perf_counter() - start, os.times()
             writer.discard()
-    cpu = after.user + after.system - before.user - before.system
+    cpu = sum(after[:4]) - sum(before[:4])
     return "\n".join(table(clock, wall, cpu))
 
 

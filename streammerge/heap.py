@@ -1,14 +1,40 @@
-"""What glibc's allocator keeps of freed memory, kept small. Does nothing on other systems."""
+"""What Python's garbage collector looks for, and what glibc's allocator keeps of freed memory, kept small.
+
+The latter does nothing on other systems.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _M_ARENA_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -8, -3, -1  # of malloc.h
 _LARGE = 2 << 20
 _LARGEST = 32 << 20  # what glibc lets these thresholds grow to by itself
+
+
+@contextmanager
+def large_imports() -> Iterator[None]:
+    """Look for no garbage meanwhile: torch makes half a million objects, all of which stay.
+
+    Measured: 0.2 s of 1.5.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def leave_all_to_the_system() -> None:
+    """Look for no garbage when the process ends, which is soon. Measured, with torch: 0.5 s."""
+    gc.freeze()
 
 
 def one_heap() -> None:

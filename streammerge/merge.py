@@ -24,7 +24,7 @@ from streammerge.fisher import check as check_fisher
 from streammerge.fisher import fisher as measure_fisher
 from streammerge.fisher.placement import FisherRun
 from streammerge.fisher.store import FisherRecord, check_same_base, is_finished, open_fisher
-from streammerge.heap import give_back
+from streammerge.heap import give_back, large_imports
 from streammerge.host import memory_errors, require_memory
 from streammerge.hub.card import Licence, coefficient_plot, model_card, stated_licence
 from streammerge.hub.commit import Pushed
@@ -178,7 +178,8 @@ def _write(
     progress: bool,
 ) -> tuple[dict[str, Any], dict[str, bytes | Path], Pushed | None]:
     """Merge all tensors and, with a push, commit them; the manifest, all files beside shards and index, the commit."""
-    from streammerge.engine import Engine  # imports torch
+    with large_imports():
+        from streammerge.engine import Engine  # imports torch
 
     while True:
         with memory_errors(

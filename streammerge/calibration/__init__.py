@@ -26,6 +26,7 @@ from streammerge.fisher.placement import (
     walk_reads,
 )
 from streammerge.fisher.store import FisherSettings
+from streammerge.heap import large_imports
 
 _SLACK = 40 << 20
 _MODEL_BYTES = 32 << 20  # a model without its blocks, and its share of the tokenizer and the text
@@ -144,7 +145,8 @@ def check(models: Sequence[Checkpoint], settings: CalibrationSettings, run: Fish
         RecipeError: no such device; a text that is too short, or has no such field.
         CheckpointError: a model cannot be walked, or the base brings no tokenizer.
     """
-    from streammerge.calibration.measure import prepare  # imports torch and transformers
+    with large_imports():
+        from streammerge.calibration.measure import prepare  # imports torch and transformers
 
     prepare(models, settings, run)
 
@@ -169,7 +171,8 @@ def calibrate(
         progress: show a progress bar on standard error.
     """
     if not (folder / CALIBRATION_FILE).is_file():
-        from streammerge.calibration.measure import measure  # imports torch and transformers
+        with large_imports():
+            from streammerge.calibration.measure import measure  # imports torch and transformers
 
         measure(models, settings, measurements, folder, run, progress=progress)
     return open_calibration(folder)

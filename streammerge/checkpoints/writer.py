@@ -94,7 +94,9 @@ class CheckpointWriter:
             self._work = WorkFolder(folder, fresh=fresh, label=label)
         self.work, self._journal = self._work.path, self._work.journal
         self._hasher = ThreadPoolExecutor(1, "streammerge-hash")
-        self._hashing: list[Future[None]] = []
+        self._syncer = ThreadPoolExecutor(1, "streammerge-sync")  # hashing goes on while the disk is waited for
+        self._syncing: Future[None] | None = None
+        self._pending: list[Future[None]] = []  # of both
         try:
             layout = hashlib.sha256(b"".join(shard.header for shard in shards)).hexdigest()
             with transfer_errors(self.work, "resuming"):
@@ -151,10 +153,10 @@ class CheckpointWriter:
             self._unrecorded.add(name)
             file.complete.add(name)
             self._raise_failures()
-            self._hashing.append(self._hasher.submit(self._advance, file))
+            self._pending.append(self._hasher.submit(self._advance, file))
 
     def check(self) -> None:
-        """Raise what went wrong in the hashing thread so far."""
+        """Raise what went wrong so far in the threads that hash and sync."""
         with self._lock:
             self._raise_failures()
 
@@ -203,11 +205,10 @@ class CheckpointWriter:
                     del self.entries[name]
 
     def wait(self) -> None:
-        """Wait for the hashing thread; raise what went wrong there."""
-        with self._lock:
-            pending, self._hashing = self._hashing, []
-        for future in pending:
-            future.result()
+        """Wait for the threads that hash and sync; raise what went wrong there."""
+        while pending := self._taken():
+            for future in pending:
+                future.result()
 
     def discard(self) -> None:
         """Remove what this run wrote, and the folders this run made."""
@@ -247,7 +248,7 @@ class CheckpointWriter:
             if complete := left.complete.get(shard.file):
                 self.entries |= complete
                 file = self._files[shard.file] = ShardFile(shard, self.work / shard.file, complete)
-                self._hashing.append(self._hasher.submit(self._advance, file))  # it may lack nothing but its hash
+                self._pending.append(self._hasher.submit(self._advance, file))  # it may lack nothing but its hash
 
     def _check_identity(self, known: dict[str, Any], identity: dict[str, Any]) -> None:
         if differing := differences(known, identity):
@@ -258,10 +259,16 @@ class CheckpointWriter:
                 "--overwrite"
             )
 
+    def _taken(self) -> list[Future[None]]:
+        """What is pending; a hash may ask for a sync meanwhile."""
+        with self._lock:
+            pending, self._pending = self._pending, []
+        return pending
+
     def _raise_failures(self) -> None:
-        for future in [future for future in self._hashing if future.done()]:
-            self._hashing.remove(future)
-            future.result()  # raises what went wrong while hashing, rather now than at the end
+        for future in [future for future in self._pending if future.done()]:
+            self._pending.remove(future)
+            future.result()  # raises what went wrong, rather now than at the end
 
     def _finish(self, line: Mapping[str, Any]) -> None:
         self.finished[line["file"]] = {key: line[key] for key in ("bytes", "sha256", "tensors")}
@@ -283,8 +290,11 @@ class CheckpointWriter:
 
     def _sync_if_due(self) -> None:
         passed = time.monotonic() - self._recorded_at
-        if self._unrecorded and not 0 <= passed <= SYNC_SECONDS:  # below 0: a clock that was set back
-            self.sync()
+        idle = self._syncing is None or self._syncing.done()
+        if idle and self._unrecorded and not 0 <= passed <= SYNC_SECONDS:  # below 0: a clock that was set back
+            with self._lock:
+                self._syncing = self._syncer.submit(self.sync)
+                self._pending.append(self._syncing)
 
     def _record_shard(self, file: ShardFile) -> None:
         shard = file.shard
@@ -317,7 +327,8 @@ class CheckpointWriter:
             self._unrecorded.difference_update(recorded)
 
     def _close_files(self) -> None:
-        self._hasher.shutdown(wait=True, cancel_futures=True)
+        for threads in (self._hasher, self._syncer):  # the first may give work to the second
+            threads.shutdown(wait=True, cancel_futures=True)
         with self._recording, self._lock:
             for file in self._files.values():
                 file.close()

@@ -12,6 +12,7 @@ from streammerge.checkpoints.locate import open_model, require_pinned
 from streammerge.compatibility import match_experts, refuse_quantised
 from streammerge.diagnose.settings import DiagnoseSettings
 from streammerge.fisher.placement import FisherRun
+from streammerge.heap import large_imports
 from streammerge.hub.pull import HubMode
 from streammerge.names import Named
 from streammerge.schema import build
@@ -104,7 +105,8 @@ def diagnose(
         base, *others = opened if settings.nonlinearity else [*opened[1:], opened[0]]
         match_experts(base, others, "these models cannot be compared with")
 
-        from streammerge.diagnose.measure import measure  # imports torch and transformers
+        with large_imports():
+            from streammerge.diagnose.measure import measure  # imports torch and transformers
 
         result = measure(opened, settings, FisherRun(device, trust_remote_code=trust_remote_code), progress)
     if plot is not None:

@@ -21,6 +21,7 @@ from streammerge.evaluation.store import check_folder, model_identity, read_resu
 from streammerge.evaluation.task_files import TaskFile, read_task
 from streammerge.extras import get_it
 from streammerge.fisher.placement import default_device
+from streammerge.heap import large_imports
 from streammerge.host import memory_errors
 from streammerge.names import Named
 from streammerge.schema import build
@@ -173,7 +174,8 @@ class Evaluation:
         self._checkpoint.close()
 
     def _run(self, tasks: list[TaskFile]) -> dict[str, Record]:
-        from streammerge.evaluation.harness import Draw, Harness, libraries  # imports torch and transformers
+        with large_imports():
+            from streammerge.evaluation.harness import Draw, Harness, libraries  # imports torch and transformers
 
         harness = Harness(
             str(self._checkpoint.folder or self._checkpoint.id),

@@ -24,6 +24,7 @@ from streammerge.fisher.placement import (
     walk_reads,
 )
 from streammerge.fisher.store import FisherRecord, FisherSettings
+from streammerge.heap import large_imports
 from streammerge.host import require_memory
 from streammerge.hub.pull import HubMode
 from streammerge.names import Named
@@ -77,7 +78,8 @@ def fisher(
 
     Reference: FIM-Merging, arXiv 2603.21705, algorithm 1, step 1.
     """
-    from streammerge.fisher.measure import measure  # imports torch and transformers
+    with large_imports():
+        from streammerge.fisher.measure import measure  # imports torch and transformers
 
     if not isinstance(settings, FisherSettings):
         settings = build(FisherSettings, settings or {}, "Fisher settings")
@@ -131,7 +133,8 @@ def check(base: Checkpoint, settings: FisherSettings, run: FisherRun) -> None:
         CheckpointError: the model cannot be walked, or brings no tokenizer for the text.
         MemoryBudgetError: the GPU is too small, with the smallest that works.
     """
-    from streammerge.fisher.measure import prepare  # imports torch and transformers
+    with large_imports():
+        from streammerge.fisher.measure import prepare  # imports torch and transformers
 
     prepare(base, settings, run)
 
@@ -150,7 +153,8 @@ def place(base: Checkpoint, settings: FisherSettings, run: FisherRun) -> FisherP
     name = run.device or default_device()
     on_cpu, stay = name == "cpu", frozenset[int]()
     if not on_cpu or run != FisherRun(run.device, trust_remote_code=run.trust_remote_code) or settings.probe_text:
-        from streammerge.fisher.measure import prepare  # imports torch and transformers
+        with large_imports():
+            from streammerge.fisher.measure import prepare  # imports torch and transformers
 
         prepared = prepare(base, settings, run)
         on_cpu, stay = prepared.where.type == "cpu", prepared.stay

@@ -8,6 +8,7 @@ from typing import Any
 
 from streammerge.checkpoints.checkpoint import Checkpoint
 from streammerge.errors import StreammergeError
+from streammerge.heap import large_imports
 from streammerge.schema import build
 from streammerge.verify.files import check_hashes, check_headers, nonfinite_tensors
 from streammerge.verify.manifest import read_manifest
@@ -57,7 +58,8 @@ def verify(
     if not manifest.recipe.allow_nonfinite:
         problems += [f"tensor {name!r} holds NaN or Inf" for name in nonfinite]
     if sources is not None and not problems:
-        from streammerge.verify.sources import rederive  # imports torch
+        with large_imports():
+            from streammerge.verify.sources import rederive  # imports torch
 
         derived["sources"] = rederive(folder, manifest, sources, progress)
         problems += derived["sources"].pop("problems")

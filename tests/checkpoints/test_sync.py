@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_a_clock_that_jumps_delays_no_sync(
     assert content(out) == whole
 
 
-def test_complete_syncs_by_itself_in_the_hashing_thread(
+def test_complete_syncs_by_itself_in_a_thread_for_that(
     out: Path, monkeypatch: pytest.MonkeyPatch, sync_seconds: Callable[[float], None]
 ) -> None:
     threads: list[str] = []
@@ -102,7 +103,7 @@ def test_complete_syncs_by_itself_in_the_hashing_thread(
         target.wait()
         assert recorded(out) == {"a", "b", "e"}
     assert threads
-    assert all(name.startswith("streammerge-hash") for name in threads)
+    assert all(name.startswith("streammerge-sync") for name in threads)
 
 
 def test_a_long_hash_does_not_hold_up_the_sync(
@@ -116,6 +117,9 @@ def test_a_long_hash_does_not_hold_up_the_sync(
     def pread(fd: int, count: int, offset: int) -> bytes:
         if not found:  # the 30 pieces of "e" have just begun
             fill(target, ["d"])
+        until = time.monotonic() + 30
+        while len(found) == 2 and "d" not in recorded(out):
+            assert time.monotonic() < until
         found.append(recorded(out))
         return real(fd, count, offset)
 
@@ -124,8 +128,32 @@ def test_a_long_hash_does_not_hold_up_the_sync(
         fill(target, ["e"])
         target.wait()
     assert "d" not in found[0]
-    assert "d" in found[1]
+    assert "d" in found[2]
     assert len(found) >= 30
+
+
+def test_a_slow_disk_does_not_hold_up_the_hash(
+    out: Path, monkeypatch: pytest.MonkeyPatch, sync_seconds: Callable[[float], None]
+) -> None:
+    sync_seconds(ALWAYS)
+    real, hashed = os.fdatasync, threading.Event()
+    plain = shard_file.ShardFile._read
+
+    def read(self: shard_file.ShardFile, limit: int) -> bytes:
+        if threading.current_thread().name.startswith("streammerge-hash") and self._hashed:  # the second tensor's
+            hashed.set()
+        return plain(self, limit)
+
+    def slow(fd: int) -> None:
+        assert hashed.wait(30)
+        real(fd)
+
+    with start(out) as target:
+        monkeypatch.setattr(shard_file.ShardFile, "_read", read)
+        monkeypatch.setattr(os, "fdatasync", slow)
+        fill(target, SHARDS_OF[0])
+        target.wait()
+    assert finish(out) == [name for name in STATE if name not in SHARDS_OF[0]]
 
 
 def test_sync_from_many_threads(out: Path, whole: dict[str, bytes], sync_seconds: Callable[[float], None]) -> None:
