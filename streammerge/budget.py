@@ -14,6 +14,7 @@ from streammerge.units import format_size
 DEFAULT_MAX_RAM = 256 * 2**20
 IMPORT_BYTES = 240 * 2**20  # a process that has imported torch, before any data
 FORK_BYTES = 8 * 2**20  # what a fork of it copies because it writes there
+MOST_KEPT = 24 * 2**20  # of local files in a buffer: a larger unit is in the system's cache when it is read again
 WORTH_FORKING = 64 * 2**20  # bytes to be read: below that forks take longer than they save
 
 _ALIGNMENT = 64
@@ -60,6 +61,7 @@ def make_budget(
     units: Sequence[Unit],
     inputs: Mapping[str, Sequence[TensorInfo]],
     held: Mapping[str, int] | None = None,
+    most: int | None = None,
 ) -> Budget:
     """Cut `max_ram` into workers. Fewer workers are taken where it is too small for all.
 
@@ -69,6 +71,7 @@ def make_budget(
         units: the work.
         inputs: what is read for each tensor.
         held: bytes a method holds for a tensor besides its row blocks' temporaries.
+        most: bytes that a buffer is of use for, if the tile of every tensor fits; any number by default.
 
     Raises:
         MemoryBudgetError: not even one tile of every tensor fits, with the smallest budget that does.
@@ -91,4 +94,5 @@ def make_budget(
     wanted = threads or min(processors, _MAX_WORKERS)
     workers = max(1, min(wanted, max_ram // least, len(units)))
     largest = max(unit_bytes(unit, inputs) for unit in units)
-    return Budget(workers, min(max_ram // workers - scratch, max(largest, tile)), scratch)
+    useful = largest if most is None else min(largest, most)
+    return Budget(workers, min(max_ram // workers - scratch, max(useful, tile)), scratch)

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from streammerge.actions import Action, action_on, surveyed, units_of, with_fisher
-from streammerge.budget import DEFAULT_MAX_RAM, FORK_BYTES, IMPORT_BYTES, WORTH_FORKING, Budget, make_budget, unit_bytes
+from streammerge.budget import (
+    DEFAULT_MAX_RAM,
+    FORK_BYTES,
+    IMPORT_BYTES,
+    MOST_KEPT,
+    WORTH_FORKING,
+    Budget,
+    make_budget,
+    unit_bytes,
+)
 from streammerge.calibration import CalibrationCost, calibration_cost
 from streammerge.calibration.store import Calibrated, check_texts
 from streammerge.checkpoints.checkpoint import CARD_FILE, Checkpoint, block_index, decoder_prefix
@@ -337,17 +346,24 @@ def plan(
         units = units_of(contexts, actions, method)
         unbounded = Budget(1, 0, 0)
         job = MergePlan(recipe, base, experts, matches, fishers, resolved, actions, units, shards, unbounded, notes)
-        held = {t.name: method.workspace(t) for t in contexts if actions[t.name] == "merge"}
+        merged = [(unit, tensor) for unit in units for tensor in unit.tensors if actions[tensor.name] == "merge"]
+        held = {tensor.name: _held(method, unit, tensor) for unit, tensor in merged}
         job.uploads = uploads
         job.xet_bytes = xet_share(max_ram, uploads=uploads, downloads=any(model.missing_bytes for model in job.models))
         inputs = {tensor.name: job.inputs(tensor) for tensor in contexts}
+        most = MOST_KEPT if all(model.is_local for model in job.checkpoints) else None
         try:
-            job.budget = make_budget(max_ram - job.xet_bytes, threads, units, inputs, held)
+            job.budget = make_budget(max_ram - job.xet_bytes, threads, units, inputs, held, most)
         except MemoryBudgetError:
             job.xet_bytes = 0
-            job.budget = make_budget(max_ram, threads, units, inputs, held)
+            job.budget = make_budget(max_ram, threads, units, inputs, held, most)
         job._open = stack.pop_all()
         return job
+
+
+def _held(method: Method, unit: Unit, tensor: TensorContext) -> int:
+    """Bytes besides the temporaries of a tile."""
+    return method.workspace(tensor) + max((step.workspace(unit) for step in method.passes(unit)), default=0)
 
 
 def _refuse_useless_fisher(recipe: Recipe, method: Method) -> None:

@@ -47,6 +47,16 @@ def test_no_more_is_taken_than_the_largest_unit_needs() -> None:
     assert budget(1000 * MIB, (context, infos), tensor("v", 5)).buffer_bytes == 2 * aligned(20_000)
 
 
+def test_of_what_is_cheap_to_read_again_no_more_is_kept_than_asked_for() -> None:
+    context, infos = tensor("w", 20_000, 4096)
+    unit, inputs = Unit("w", (context,)), {"w": infos}
+    tile = run_bytes(context, infos, context.tile_rows)
+    for most in (tile - 1, tile, 10 * MIB, 256 * MIB, unit_bytes(unit, inputs) + 1):
+        cut = make_budget(1000 * MIB, 1, [unit], inputs, most=most)
+        assert cut.buffer_bytes == min(max(most, tile), unit_bytes(unit, inputs))
+    assert make_budget(1000 * MIB, 1, [unit], inputs).buffer_bytes == unit_bytes(unit, inputs)
+
+
 def test_workers_are_given_up_before_the_merge_is() -> None:
     large = tensor("w", 20_000, 4096)
     least = budget(64 * MIB, large, tensor("v", 64)).scratch_bytes + run_bytes(*large, large[0].tile_rows)

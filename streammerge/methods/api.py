@@ -153,6 +153,10 @@ class Pass(ABC):
     spare: bool = False
     samples: bool = False
 
+    def workspace(self, unit: Unit) -> int:
+        """Bytes its state takes, where they are more than a tile's."""
+        return 0
+
     @abstractmethod
     def start(self, unit: Unit, done: Results) -> Any | None:
         """The initial state; None where there is nothing to measure (the pass is skipped, `done` stays)."""
@@ -215,7 +219,7 @@ class Method(ABC):
         return ()
 
     def workspace(self, tensor: TensorContext) -> int:
-        """Bytes the method holds for the tensor besides its row blocks' temporaries."""
+        """Bytes the method holds for the tensor besides its row blocks' temporaries and the state of its passes."""
         return 0
 
     def merges(self, tensor: TensorContext) -> bool:

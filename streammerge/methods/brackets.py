@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 NAN = 0x7F800001  # the one pattern that stands for all NaN, just above infinity
 
+KEPT_BYTES = 12  # of a score that is kept with its place
+
 _BINS_LOG2 = 16
 _COUNTED_TOGETHER = 1 << 16  # a histogram of few costs as much as one of this many
 _MOST_NOTED = 1 << 16
@@ -62,7 +64,7 @@ class Spread:
     """How scores lie in a bracket, and how many are above it.
 
     Args:
-        room: for how many of those in the bracket, 12 bytes each.
+        room: for how many of those in the bracket, KEPT_BYTES each.
     """
 
     def __init__(self, bracket: Bracket, room: int) -> None:

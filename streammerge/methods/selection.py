@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.methods.api import Pass, Results, RowBlock, Unit
-from streammerge.methods.brackets import NAN, Bracket, Place, Spread, likely
+from streammerge.methods.brackets import KEPT_BYTES, NAN, Bracket, Place, Spread, likely
 from streammerge.methods.indicators import above, at_least
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Ranks = Callable[[Unit, Results], Sequence[int | None]]  # from the largest, 1, 
 
 _MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
 _SAMPLED_TOGETHER = 1 << 14  # of a block of sampled rows at most so many scores are taken
-_MOST_KEPT = 1 << 19  # scores near the thresholds of all experts together, with their places: 6 MiB
+_MOST_KEPT = 1 << 19  # scores near the thresholds of all experts together, with their places
 _NOTHING = 0x7FFFFFFF  # above every score
 _EVERYTHING = -1  # below every score
 
@@ -151,6 +151,9 @@ class _Narrow(Pass):
 
     def __init__(self, scores: Scores, name: str, spare: bool = False) -> None:
         self.scores, self.name, self.spare = scores, name, spare
+
+    def workspace(self, unit: Unit) -> int:
+        return KEPT_BYTES * min(_MOST_KEPT, unit.numel)
 
     def start(self, unit: Unit, done: Results) -> Any | None:
         places = done.get(self.name, {})
