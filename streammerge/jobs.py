@@ -165,8 +165,8 @@ def _received(ours: Connection, process: Any) -> tuple[str, Any, int]:
 def _serve(theirs: Connection, begin: Begin, parent: int) -> NoReturn:
     """In the fork: do jobs until there is none, or the process that asks for them is no more."""
     signal.set_wakeup_fd(-1)  # the parent's
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # which often go to all processes of a group: the parent decides
+        signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

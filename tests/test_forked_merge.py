@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_engine import digests, recipe, small_tiles, trio
+from tiny_models import Models
 
 import streammerge
 from streammerge import engine
+from streammerge.budget import FORK_BYTES
 from streammerge.errors import CheckpointError, TransferError
 from streammerge.jobs import can_fork, in_forks
 from streammerge.methods import METHODS
@@ -175,3 +177,38 @@ def test_the_forks_memory_is_in_the_phase(trio: dict[str, str], tmp_path: Path, 
         patch.setattr(merging, "Timeline", Watched)
         streammerge.merge(recipe(trio, "ties"), tmp_path / "out", threads=2)
     assert max(seen) > 0 and seen[-1] == 0
+
+
+def test_after_a_fisher_of_this_process(saved_models: Models, tmp_path: Path, forked: list[int]) -> None:
+    """Which leaves libraries with threads that a fork does not have."""
+    job = {"base": str(saved_models.base), "models": [str(saved_models.ft)], "method": "fim_ties"}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        values = torch.rand(600, 600)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            assert (values.to(dtype) @ values.to(dtype)).sum() > 0
+        result = streammerge.merge(job, tmp_path / "out", device="cpu", threads=2)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(forked) == 2
+    assert streammerge.merge(job, tmp_path / "again", device="cpu", threads=1)["shards"] == result["shards"]
+
+
+def test_who_works(trio: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forks only for several workers, local files, nothing pushed, and enough to do."""
+    planning = import_module("streammerge.plan")
+    with streammerge.plan(recipe(trio, "ties"), threads=2) as planned:
+        assert not planned.by_forks
+        small = planned.summary()["peak_host_bytes"]
+        monkeypatch.setattr(planning, "WORTH_FORKING", 0)
+        assert planned.by_forks
+        assert planned.summary()["peak_host_bytes"] == small + 2 * FORK_BYTES
+        monkeypatch.setattr(planning, "can_fork", lambda: False)
+        assert not planned.by_forks
+    monkeypatch.undo()
+    monkeypatch.setattr(planning, "WORTH_FORKING", 0)
+    with streammerge.plan(recipe(trio, "ties"), threads=1) as planned:
+        assert not planned.by_forks
+    with streammerge.plan(recipe(trio, "ties"), threads=2, uploads=True) as planned:
+        assert not planned.by_forks

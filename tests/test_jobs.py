@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -136,22 +137,22 @@ def test_an_error_that_cannot_travel_is_told_with_where_it_was() -> None:
 
 
 @linux
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGTERM, "SIGTERM")])
-def test_a_fork_that_is_killed(number: int, name: str) -> None:
+def test_a_fork_that_is_killed() -> None:
     def begin(tell: Tell) -> Callable[[int], object]:
-        return lambda job: os.kill(os.getpid(), number)
+        return lambda job: os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(MemoryBudgetError, match=rf"a worker process was ended \({name}\).*give a smaller --max-ram"):
+    with pytest.raises(MemoryBudgetError, match=r"a worker process was ended \(SIGKILL\).*give a smaller --max-ram"):
         forks(2, 5, begin, print)
 
 
 @linux
-def test_forks_leave_ctrl_c_to_the_process_that_began_them() -> None:
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_forks_leave_signals_to_the_process_that_began_them(signal_number: int) -> None:
     told: list[int] = []
 
     def begin(tell: Tell) -> Callable[[int], object]:
         def do(number: int) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal_number)
             tell(number)
 
         return do
@@ -245,6 +246,26 @@ def test_no_more_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fork", refused)
     with pytest.raises(MemoryBudgetError, match="no worker process can be begun .*temporarily.*: give --threads 1"):
         forks(2, 4, lambda tell: print, print)
+
+
+@linux
+def test_no_garbage_is_looked_for_among_what_is_shared() -> None:
+    """Nor is somebody else's freeze undone."""
+    counts: list[int] = []
+
+    def begin(tell: Tell) -> Callable[[int], object]:
+        return lambda number: tell(gc.get_freeze_count())
+
+    assert gc.get_freeze_count() == 0
+    forks(1, 1, begin, counts.append)
+    assert counts[0] > 10_000 and gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        forks(1, 1, begin, counts.append)
+        assert gc.get_freeze_count() == pytest.approx(frozen, rel=0.01)
+    finally:
+        gc.unfreeze()
 
 
 @linux
