@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from mmap import mmap
 from pathlib import Path
 from statistics import median
@@ -28,10 +29,11 @@ def share(pid):
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
 
+looks = float(sys.argv[1])
 start, peak = time.perf_counter(), 0
-process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+process = subprocess.Popen(sys.argv[2:], stdout=subprocess.DEVNULL)
 over = os.pidfd_open(process.pid)
-while not select.select([over], [], [], 0.5)[0]:
+while looks and not select.select([over], [], [], looks)[0]:
     try:
         members = family(process.pid)
         if len(members) > 1:
@@ -56,7 +58,7 @@ class Usage:
     Attributes:
         wall: seconds from start to end.
         cpu: processor seconds, user and system, of all threads and processes.
-        peak: MiB resident at most: of one process exact (VmHWM), of several together the most of two looks a second.
+        peak: MiB resident at most: of the largest process (VmHWM), or of all together where they were looked at.
     """
 
     wall: float
@@ -64,18 +66,45 @@ class Usage:
     peak: float
 
 
-def measure(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Usage:
+def measure(command: Sequence[str], environment: Mapping[str, str] | None = None, looks: float = 0.0) -> Usage:
     """Run a command to its end; its standard output is dropped.
+
+    Args:
+        looks: seconds from one look at the memory of all its processes to the next, which slow it down; 0: none.
 
     Raises:
         CommandFailed: it ended with another status than 0.
     """
-    between = [sys.executable, "-c", _BETWEEN, *command]
+    between = [sys.executable, "-c", _BETWEEN, str(looks), *command]
     done = subprocess.run(between, env={**os.environ, **(environment or {})}, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines()
         raise CommandFailed(f"{' '.join(command)}: exit status {done.returncode}: {said[-1] if said else ''}")
     return Usage(*json.loads(done.stdout))
+
+
+def merging(command: Sequence[str], models: Sequence[Path], out: Path, several: bool) -> Callable[[], Usage]:
+    """What runs a merge once, inputs in the page cache, and removes what it wrote.
+
+    Args:
+        several: it has processes of its own; the first time it is run once more, for the memory of all together.
+    """
+    peaks: list[float] = []
+
+    def once(looks: float = 0.0) -> Usage:
+        warm(models)
+        try:
+            return measure(command, looks=looks)
+        finally:
+            shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+
+    def run() -> Usage:
+        if several and not peaks:
+            peaks.append(once(looks=0.05).peak)
+        usage = once()
+        return replace(usage, peak=max(usage.peak, *peaks)) if peaks else usage
+
+    return run
 
 
 @dataclass(frozen=True)

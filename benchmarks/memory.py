@@ -5,8 +5,9 @@
 Makes the checkpoints where they are not there yet (base tied, fine-tunes untied, as in the paper's 1.5B pair), merges
 them once per method through the command line, with its default parameters and the fewest fine-tunes it takes, verifies
 each output, and prints one Markdown table. What a method needs before the merge (a survey, a Fisher pass, a
-measurement on a calibration text) is part of the process that is measured. Memory is the kernel's own account of the
-finished process (`ru_maxrss`); times are of one run each and only say what is long.
+measurement on a calibration text) is part of what is measured. Memory is that of the process and its forks together,
+what they share counted once (Pss), looked at every 0.05 s, or where it is more what the process alone took
+(`ru_maxrss`); times are of one run each and only say what is long.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def row(method: str, folder: Path, out: Path) -> str:
     called = options(method, folder)
     plan = subprocess.run([*OURS, "plan", *called, "--json"], check=True, stdout=subprocess.PIPE, text=True)
     planned = json.loads(plan.stdout)["peak_host_bytes"] / 2**20
-    used = measure([*OURS, "merge", *called, "--out", str(out), "--quiet"])
+    used = measure([*OURS, "merge", *called, "--out", str(out), "--quiet"], looks=0.05)
     measure([*OURS, "verify", str(out), "--quiet"])
     before = ", ".join(cost_of(method).before) or "-"
     fewest = METHODS[method].fewest_experts

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from make_checkpoints import SHAPES, make_pair
-from measuring import CommandFailed, Runs, Usage, in_turn, machine, measure, warm, write_json
+from measuring import CommandFailed, Runs, Usage, in_turn, machine, merging, write_json
 from parity.environment import MERGEKIT, EnvironmentFailure, make_environment
 
 OURS = [sys.executable, "-m", "streammerge"]
@@ -83,13 +82,16 @@ class Bench:
         """All that runs in a round, in order."""
         found: dict[str, Callable[[], Usage]] = {}
         for name, command in zip(FLOORS, self._floors(), strict=True):
-            found[name] = self._runner(command)
+            found[name] = self._runs(command)
         for method in methods:
             case = CASES[method]
-            found[f"{method}, ours"] = self._runner(self._ours(method, case))
+            found[f"{method}, ours"] = self._runs(self._ours(method, case), several=True)
             if self.peer is not None and case.theirs is not None:
-                found[f"{method}, mergekit"] = self._runner(self._theirs(method, case, self.peer))
+                found[f"{method}, mergekit"] = self._runs(self._theirs(method, case, self.peer))
         return found
+
+    def _runs(self, command: list[str], several: bool = False) -> Callable[[], Usage]:
+        return merging(command, [self.base, *self.experts], self.out, several)
 
     def _floors(self) -> Iterator[list[str]]:
         base, ft, out = self.base, self.experts[0], self.out
@@ -129,16 +131,6 @@ class Bench:
         recipe = self.out.with_name(f"{method}.yaml")
         recipe.write_text(json.dumps(config))  # which is YAML too
         return [str(python.with_name("mergekit-yaml")), str(recipe), str(self.out), "--quiet", "--no-copy-tokenizer"]
-
-    def _runner(self, command: list[str]) -> Callable[[], Usage]:
-        def run() -> Usage:
-            warm([self.base, *self.experts])
-            try:
-                return measure(command)
-            finally:
-                shutil.rmtree(self.out) if self.out.is_dir() else self.out.unlink(missing_ok=True)
-
-        return run
 
 
 def table(found: Mapping[str, Runs], methods: list[str]) -> Iterator[str]:

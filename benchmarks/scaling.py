@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import cycle, groupby
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from make_checkpoints import SHAPES, Shape, make_pair
-from measuring import CommandFailed, Usage, in_turn, machine, measure, warm, write_json
+from measuring import CommandFailed, in_turn, machine, merging, write_json
 from merge_speed import OURS, RAW
 
 from streammerge import METHODS
@@ -69,7 +69,10 @@ def merged(folder: Path, shape: str, experts: Sequence[int], methods: Sequence[s
             named = ["--base", str(base), *(word for model in tuned[:count] for word in ("--ft", str(model)))]
             for method in methods:
                 commands[method, count] = [*OURS, "merge", *named, "-m", method, "-o", str(out), "-q", "--no-report"]
-        contenders = {f"{m}, {n}": _runner(command, [base, *tuned], out) for (m, n), command in commands.items()}
+        contenders = {
+            f"{method}, {count}": merging(command, [base, *tuned], out, several=method != FLOOR)
+            for (method, count), command in commands.items()
+        }
         say = lambda line: print(f"{shape}: {line}", file=sys.stderr, flush=True)  # noqa: E731
         found = in_turn(contenders, runs, 600, say)
         for (method, count), name in zip(commands, contenders, strict=True):
@@ -77,17 +80,6 @@ def merged(folder: Path, shape: str, experts: Sequence[int], methods: Sequence[s
             yield Point(method, parameters(shape), count, of.wall, of.cpu, of.peak)
     finally:
         shutil.rmtree(models, ignore_errors=True)
-
-
-def _runner(command: list[str], models: Sequence[Path], out: Path) -> Callable[[], Usage]:
-    def run() -> Usage:
-        warm(models)
-        try:
-            return measure(command)
-        finally:
-            shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
-
-    return run
 
 
 def table(points: Sequence[Point], by: str) -> Iterator[str]:

@@ -72,7 +72,8 @@ def merge(
         push_to_hub: the repository, org/name, or a mapping with the keys of `PushSettings`.
         max_ram: bytes for buffers and temporaries of the merge, on top of what importing torch takes; or a size such as
             "256MiB".
-        threads: workers; the processors by default, at most 8.
+        threads: workers; the processors by default, at most 8. Where all models are local folders, on Linux, each is a
+            process, a fork of this one that ends with the merge; else a thread.
         hub_mode: how models on the Hub are read: "cache" downloads their files into huggingface_hub's cache as they
             are needed, "stream" reads byte ranges only and keeps nothing. The result is the same.
         device: where a Fisher pass runs: "cpu", "cuda", "cuda:1"; a GPU where there is one by default.

@@ -301,7 +301,7 @@ def plan(
     Args:
         recipe: what to merge; a mapping is read as one, and a path as that of a YAML file.
         max_ram: bytes for buffers and temporaries, on top of what importing torch takes; or a size such as "256MiB".
-        threads: workers; the processors by default, at most 8.
+        threads: workers; the processors by default, at most 8; see `merge`.
         hub_mode: how models on the Hub will be read; see `merge`. Planning fetches headers, index and config only.
         uploads: whether the result will be pushed while it is merged.
         progress: show the progress of later downloads on standard error.

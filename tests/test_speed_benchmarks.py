@@ -30,6 +30,29 @@ def test_a_process_is_measured_alone() -> None:
         measure([sys.executable, "-c", "import sys; print('no', file=sys.stderr); sys.exit(3)"])
 
 
+FAMILY = """
+import os, time
+
+def held(count):
+    memory = bytearray(count)
+    memory[::4096] = b"1" * len(memory[::4096])
+    return memory
+
+shared = held(64 << 20)
+if os.fork() == 0:
+    own = held(32 << 20)
+    time.sleep(1)
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_processes_of_a_process_are_measured_with_it_and_what_they_share_once() -> None:
+    alone = measure([sys.executable, "-c", FAMILY])
+    together = measure([sys.executable, "-c", FAMILY], looks=0.1)
+    assert together.peak - alone.peak == pytest.approx(32, abs=6)
+
+
 def test_runs_are_made_in_turn_and_slow_ones_once() -> None:
     called: list[str] = []
 
