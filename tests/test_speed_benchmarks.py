@@ -39,18 +39,19 @@ def held(count):
     return memory
 
 shared = held(64 << 20)
-if os.fork() == 0:
-    own = held(32 << 20)
-    time.sleep(1)
-    os._exit(0)
-os.wait()
+for _ in range(2):
+    if os.fork() == 0:
+        own = held(32 << 20)
+        time.sleep(1)
+        os._exit(0)
+os.wait(), os.wait()
 """
 
 
 def test_processes_of_a_process_are_measured_with_it_and_what_they_share_once() -> None:
     alone = measure([sys.executable, "-c", FAMILY])
     together = measure([sys.executable, "-c", FAMILY], looks=0.1)
-    assert together.peak - alone.peak == pytest.approx(32, abs=6)
+    assert together.peak - alone.peak == pytest.approx(32, abs=6)  # the largest alone has one fork's own, too
 
 
 def test_runs_are_made_in_turn_and_slow_ones_once() -> None:
