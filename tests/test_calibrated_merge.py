@@ -16,7 +16,7 @@ from tiny_models import Run, content, tensors
 from torch import Tensor, nn
 
 from streammerge.calibration.lockstep import Lockstep
-from streammerge.engine import Engine
+from streammerge.unit_work import Merge
 
 Make = Callable[..., Family]
 pytest_plugins = ["calibration.conftest"]
@@ -127,7 +127,7 @@ def stopped(family: Make, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "call", "finished"), [(Engine, "_merge", 9, True), (Lockstep, "_through", 3, False)]
+    ("owner", "name", "call", "finished"), [(Merge, "do", 9, True), (Lockstep, "_through", 3, False)]
 )
 def test_interrupted(
     family: Make, tmp_path: Path, run: Run, stopped: Any, owner: type, name: str, call: int, finished: bool
@@ -147,7 +147,7 @@ def test_interrupted(
 
 def test_another_text_does_not_finish_it(family: Make, run: Run, stopped: Any) -> None:
     made = family("llama")
-    out = stopped(made, Engine, "_merge", 9)
+    out = stopped(made, Merge, "do", 9)
     text = Path(made.settings.text[0])
     text.write_text(text.read_text()[::-1])
     refused = run(*command(made, "regmean", out))

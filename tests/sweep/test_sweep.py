@@ -224,7 +224,7 @@ from streammerge.sweep import evaluations
 recipe, out, log, at = json.loads(sys.argv[1])
 complete = CheckpointWriter.complete
 
-def counting(self, name, entry):
+def counting(self, name, *rest):
     with open(log, "a") as file:
         print(self.folder.name, name, file=file)
     if len(open(log).readlines()) == at:

@@ -122,7 +122,7 @@ def test_several_passes_read_no_more_than_plan_says(call: Run, hub: Hub, tmp_pat
     shape = replace(SHAPES["tiny"], vocab_size=1 << 13)
     for name, folder in zip(("org/base", "org/ft"), make_pair(shape, tmp_path / "wide"), strict=True):
         hub.add(name, folder)
-    options = ("--hub-mode", "stream", "-m", "ties", "--max-ram", "9MiB", "--threads", "1")
+    options = ("--hub-mode", "stream", "-m", "ties", "--max-ram", "14MiB", "--threads", "1")
     plenty = planned(call, *options[:4])["from_hub"]
     announced = planned(call, *options)["from_hub"]
     assert announced["at_most"] and announced["merge"] > plenty["merge"]
