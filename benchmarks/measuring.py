@@ -16,7 +16,8 @@ from statistics import median
 from typing import Any, Self
 
 # A small process in between: the kernel lets what is measured begin with the peak memory of whoever starts it. Where
-# that has processes of its own, what they share is counted once (Pss); a look takes about 10 ms of each.
+# that has processes of its own, memory they share is counted once (Pss), and of pages of files those of the one that
+# has most: others have torch's libraries too. A look takes about 10 ms of each.
 _BETWEEN = """
 import json, os, select, subprocess, sys, time
 from pathlib import Path
@@ -25,9 +26,10 @@ def family(pid):
     children = "".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
     return [pid, *(member for child in children for member in family(int(child)))]
 
-def share(pid):
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+def parts(pid):
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    sizes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return sizes["Pss_Anon"], sizes["Rss"] - sizes["Anonymous"]
 
 looks = float(sys.argv[1])
 start, peak = time.perf_counter(), 0
@@ -37,8 +39,9 @@ while looks and not select.select([over], [], [], looks)[0]:
     try:
         members = family(process.pid)
         if len(members) > 1:
-            peak = max(peak, sum(map(share, members)))
-    except (OSError, StopIteration):
+            anonymous, of_files = zip(*map(parts, members))
+            peak = max(peak, sum(anonymous) + max(of_files))
+    except (OSError, KeyError):
         pass  # one of them has just ended: another look will do
 _, status, usage = os.wait4(process.pid, 0)
 wall = time.perf_counter() - start
