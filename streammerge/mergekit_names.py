@@ -12,10 +12,11 @@ _TOKENIZER = "leave it out: the output has the base's tokenizer"
 _LAYERS = "layers cannot be put together anew: give whole models under 'models'"
 
 OF_RECIPE = {
+    "merge_method": Hint("here it is 'method'", PAGE, "method"),
+    "base_model": Hint("here it is 'base'", PAGE, "base"),
+} | {
     key: Hint(text, PAGE)
     for key, text in {
-        "merge_method": "here it is 'method'",
-        "base_model": "here it is 'base'",
         "dtype": _DTYPE,
         "out_dtype": _DTYPE,
         "tokenizer_source": _TOKENIZER,

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import NoReturn
 
 from tqdm import tqdm
@@ -28,16 +29,27 @@ def tell(note: str) -> None:
     print(f"note: {visible(note)}", file=sys.stderr)
 
 
+_quiet: dict[str, tuple[int, int]] = {}  # logger -> how many want it quiet, and its level before the first
+_lock = Lock()
+
+
 @contextmanager
 def quiet_logger(name: str) -> Iterator[None]:
-    """Keep what a library logs below an error off the terminal, for a while."""
+    """Keep what a library logs below an error off the terminal, for as long as any thread is in here."""
     logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    with _lock:
+        count, level = _quiet.get(name, (0, logger.level))
+        _quiet[name] = count + 1, level
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        with _lock:
+            count, level = _quiet.pop(name)
+            if count > 1:
+                _quiet[name] = count - 1, level
+            else:
+                logger.setLevel(level)
 
 
 @contextmanager

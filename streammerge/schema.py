@@ -13,10 +13,11 @@ from streammerge.names import path_as_text, unsafe_name
 
 
 class Hint(NamedTuple):
-    """What to say of a key that there is not, and the page that says more."""
+    """What to say of a key that there is not, the page that says more, and the field that it is by its other name."""
 
     text: str
     page: str = ""
+    field: str = ""
 
 
 class Strict(BaseModel):
@@ -109,6 +110,8 @@ def build(model: type[Model], values: Mapping[str, Any], what: str) -> Model:
     except ValidationError as error:
         pages: list[str] = []
         problems: dict[tuple[str, str], list[str]] = {}  # a place and its value -> what each form of a union says
+        missing: list[str] = []
+        known_as: set[str] = set()  # fields that are there by another name
         for item in error.errors(include_url=False):
             place, model_there = _place(model, item["loc"])
             if item["type"] == "extra_forbidden":
@@ -116,9 +119,10 @@ def build(model: type[Model], values: Mapping[str, Any], what: str) -> Model:
                 hint = model_there.hints.get(key) if issubclass(model_there, Strict) else None
                 hint = hint or Hint(suggest(key, model_there.model_fields))
                 pages += [hint.page] if hint.page else []
+                known_as.add(place.removesuffix(key) + hint.field)
                 problems[f"there is no {place!r}: {hint.text}", ""] = []
             elif item["type"] == "missing":
-                problems[f"{place} is missing", ""] = []
+                missing.append(place)
             else:
                 told = problems.setdefault((place, reprlib.repr(item["input"])), [])
                 told.append(_in_words(item))
@@ -126,6 +130,7 @@ def build(model: type[Model], values: Mapping[str, Any], what: str) -> Model:
             f"{place}: {_either([*dict.fromkeys(told)])}, not {value}" if told else place
             for (place, value), told in problems.items()
         ]
+        lines += [f"{place} is missing" for place in missing if place not in known_as]
         lines += [f"see {page}" for page in dict.fromkeys(pages)]
         raise RecipeError(f"{what}: {'; '.join(lines)}") from None
 

@@ -79,6 +79,10 @@ def test_one_pointer_for_all_keys() -> None:
     told = message({"merge_method": "ties", "base_model": "a", "models": ["b"], "dtype": "bfloat16"})
     assert told.count(PAGE) == 1 and told.endswith(f"; see {PAGE}")
     assert all(key in told for key in ("'merge_method': here it is 'method'", "'base_model': here it is 'base'"))
+    assert "missing" not in told  # the base is there, under its other name
+    assert message({"base_model": "a"}) == (
+        f"recipe: there is no 'base_model': here it is 'base'; models is missing; see {PAGE}"
+    )
 
 
 def test_the_page_has_every_key_and_says_what_the_messages_say() -> None:

@@ -18,7 +18,6 @@ from streammerge.hub.remote import Remote, Tally
 from streammerge.hub.repository import FIRST_TRIES
 from streammerge.hub.tries import PassingError, hub_errors, persist
 from streammerge.mini_l2s.problems import scored_problems
-from streammerge.progress import quiet_logger
 
 _QUESTIONS = ("question", "problem")
 _ANSWERS = ("final_answer", "answer", "solution")
@@ -186,9 +185,8 @@ def _download(file: HubFile) -> Path:
             return Path(hf_hub_download(file.repository, file.name, repo_type="dataset", revision=file.revision))
 
     try:
-        persist(lambda: where, ask, Event(), tries=FIRST_TRIES)  # the client would try for half a minute, aloud
-        with quiet_logger("huggingface_hub"):  # which logs every try of its own
-            return persist(lambda: where, attempt, Event())
+        persist(lambda: where, ask, Event(), tries=FIRST_TRIES)  # the client would try for half a minute
+        return persist(lambda: where, attempt, Event())
     except TransferError as error:
         if not isinstance(error.__cause__, PassingError):
             raise

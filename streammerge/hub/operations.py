@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streammerge.progress import tell
+from streammerge.progress import quiet_logger, tell
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -56,9 +56,10 @@ def missing_objects(repository: str, endpoint: str, objects: Mapping[str, tuple[
     infos = [UploadInfo(size=size, sample=b"", sha256=bytes.fromhex(sha256)) for size, sha256 in objects.values()]
     wanted: set[str] = set()
     for start in range(0, len(infos), _BATCH):
-        answers, errors, _ = post_lfs_batch_info(
-            infos[start : start + _BATCH], None, "model", repository, endpoint=endpoint
-        )
+        with quiet_client():
+            answers, errors, _ = post_lfs_batch_info(
+                infos[start : start + _BATCH], None, "model", repository, endpoint=endpoint
+            )
         wanted |= {answer["oid"] for answer in answers if answer.get("actions")}
         wanted |= {error["oid"] for error in errors}
     return [name for name, (_, sha256) in objects.items() if sha256 in wanted]
@@ -67,14 +68,15 @@ def missing_objects(repository: str, endpoint: str, objects: Mapping[str, tuple[
 _BATCH = 256  # objects in one request
 
 
-def without_bars() -> AbstractContextManager[object]:
-    """Silence the client's own progress bars: it draws them for every file, terminal or not."""
+@contextmanager
+def quiet_client() -> Iterator[None]:
+    """Silence the client: it draws a bar for every file, terminal or not, and logs addresses, signatures included."""
     from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if HF_HUB_DISABLE_PROGRESS_BARS is False:  # the user insists
-        return nullcontext()
-    return disable_progress_bars()
+    insisted = HF_HUB_DISABLE_PROGRESS_BARS is False  # by the user
+    with quiet_logger("huggingface_hub"), nullcontext() if insisted else disable_progress_bars():
+        yield
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from streammerge._version import __version__
 from streammerge.checkpoints.weight_files import INDEX_FILE, SINGLE_FILE
 from streammerge.errors import OutputExistsError, TransferError
 from streammerge.hub.files import PushedFile
-from streammerge.hub.operations import file_operation, is_ignored, is_uploaded, limit_waiting, without_bars
+from streammerge.hub.operations import file_operation, is_ignored, is_uploaded, limit_waiting, quiet_client
 from streammerge.hub.refusals import ATTEMPTS, patiently, refusal, status_of, waiting_time
 from streammerge.hub.settings import PushSettings
 from streammerge.hub.xet import limit_xet_memory
@@ -46,7 +46,7 @@ class HubTarget:
     def once(self, method: str, **options: Any) -> Any:
         """Call a method of the client on the repository, and let its errors through."""
         limit_waiting(_WAITING)
-        with without_bars():
+        with quiet_client():
             answer = getattr(self.api, method)(self.settings.repository, **options)
             return list(answer) if isinstance(answer, Iterator) else answer  # page after page
 

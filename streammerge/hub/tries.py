@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from streammerge.errors import CheckpointError, TransferError
 from streammerge.hub.login import FLAWED_TOKEN, is_logged_in, is_token_flawed, refused_token
+from streammerge.progress import quiet_logger
 
 TRIES = 6  # in a row without progress
 FIRST_WAIT, LONGEST_WAIT = 1.0, 16.0  # seconds; doubled from one try to the next
@@ -74,7 +75,7 @@ def persist(
 def hub_errors(model: str, where: str) -> Iterator[None]:
     """Turn what huggingface_hub and its HTTP library raise into errors of ours, or into PassingError.
 
-    No message of theirs is passed on, for those hold addresses; `model` and `where` begin ours.
+    No message of theirs is passed on nor logged, for those hold addresses; `model` and `where` begin ours.
     """
     import httpx2
     from huggingface_hub import errors
@@ -82,7 +83,8 @@ def hub_errors(model: str, where: str) -> Iterator[None]:
     if is_token_flawed():
         raise CheckpointError(f"{model}: {FLAWED_TOKEN}")
     try:
-        yield
+        with quiet_logger("huggingface_hub"):
+            yield
     except errors.GatedRepoError:
         after = ", as whom you are logged in" if is_logged_in() else f", then {_LOGIN}"
         raise CheckpointError(f"{model}: gated: ask for access on its page{after}") from None

@@ -18,8 +18,8 @@ from streammerge.hub.operations import (
     is_uploaded,
     limit_waiting,
     missing_objects,
+    quiet_client,
     uploaded_operation,
-    without_bars,
 )
 from streammerge.testing import Hub
 
@@ -82,14 +82,14 @@ def test_missing_objects(api: HfApi, hub: Hub, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_clients_bars_come_back() -> None:
     assert not are_progress_bars_disabled()
-    with without_bars():
+    with quiet_client():
         assert are_progress_bars_disabled()
     assert not are_progress_bars_disabled()
 
 
 def test_bars_that_the_user_insists_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", False)
-    with without_bars():
+    with quiet_client():
         assert not are_progress_bars_disabled()
 
 

@@ -1,0 +1,42 @@
+"""Libraries kept quiet for a while, by several threads at once."""
+
+import logging
+from threading import Barrier, Thread
+
+import pytest
+
+from streammerge.progress import quiet_logger
+
+NAME = "streammerge.tests.loud"
+
+
+def test_a_logger_is_quiet_until_the_last_thread_leaves(caplog: pytest.LogCaptureFixture) -> None:
+    loud = logging.getLogger(NAME)
+    loud.setLevel(logging.INFO)
+    inside, leave = Barrier(2), Barrier(2)
+
+    def other() -> None:
+        with quiet_logger(NAME):
+            inside.wait()
+            leave.wait()
+
+    thread = Thread(target=other)
+    with quiet_logger(NAME):
+        thread.start()
+        inside.wait()
+        loud.warning("both inside")
+    loud.warning("one inside")
+    loud.error("an error")
+    leave.wait()
+    thread.join()
+    loud.info("nobody inside")
+    assert [record.getMessage() for record in caplog.records] == ["an error", "nobody inside"]
+
+
+def test_a_logger_is_loud_again_after_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    loud = logging.getLogger(NAME)
+    loud.setLevel(logging.INFO)
+    with pytest.raises(ValueError, match="x"), quiet_logger(NAME), quiet_logger(NAME):
+        raise ValueError("x")
+    loud.info("told")
+    assert [record.getMessage() for record in caplog.records] == ["told"]
