@@ -124,7 +124,7 @@ class AcmTies(AcmTa):
         vectors = []
         coefficients = self.coefficients(block.tensor)
         for vector, selection, coefficient in zip(block.task_vectors, results["selection"], coefficients, strict=True):
-            vectors.append(vector * selection.mask(vector, block.offset) * coefficient)
+            vectors.append(selection.trimmed(vector, block.offset) * coefficient)
         return block.base + disjoint_merge(vectors, [1.0] * len(vectors))
 
     def report(self, tensor: TensorContext, results: Results) -> dict[str, Any]:

@@ -69,8 +69,7 @@ class Spread:
 
     def __init__(self, bracket: Bracket, room: int) -> None:
         self._bracket = bracket
-        self._span = bracket.high - bracket.low
-        self._shift = max(self._span.bit_length() - _BINS_LOG2, 0)
+        self._shift = max((bracket.high - bracket.low).bit_length() - _BINS_LOG2, 0)
         self._origin = bracket.low >> self._shift << self._shift
         self._seen = self._above = 0
         self._kept = _Gathered(room)  # distances from the bracket's low end
@@ -85,13 +84,14 @@ class Spread:
         """Take in the flat patterns of a block, the first of them at flat index `offset`; blocks come in order."""
         import numpy as np
 
-        distances = (patterns - self._bracket.low).numpy()  # numpy picks the few out several times faster
-        self._seen += len(distances)
-        self._above += int(np.count_nonzero(distances > self._span))
-        is_inside = distances.view(np.uint32) <= self._span  # what is below is huge without a sign
+        values, low = patterns.numpy(), self._bracket.low  # numpy picks the few out several times faster
+        is_above = values > self._bracket.high
+        self._seen += len(values)
+        self._above += int(np.count_nonzero(is_above))
+        is_inside = (values >= low) ^ is_above
         if self._kept_all:
             indices = np.flatnonzero(is_inside)
-            inside = distances[indices]
+            inside = values[indices] - np.int32(low)
             indices += offset
             if self._kept.add(inside) and self._indices.add(indices):
                 return
@@ -99,7 +99,7 @@ class Spread:
             self._bin(self._kept.take())
             self._kept = self._indices = _Gathered(0)
         else:
-            inside = distances[is_inside]
+            inside = values[is_inside] - np.int32(low)
         self._bin(inside)
 
     def _bin(self, inside: np.ndarray) -> None:
@@ -149,8 +149,8 @@ class Spread:
         import numpy as np
 
         kept, indices = self._kept.take(), self._indices.take()
-        pattern = np.partition(kept, len(kept) - k)[len(kept) - k]
-        equal = indices[kept == pattern]
+        pattern = np.sort(kept)[len(kept) - k]  # partitioning is slower by far where most are equal to others
+        equal = indices[np.flatnonzero(kept == pattern)]
         ties = k - int(np.count_nonzero(kept > pattern))
         return Place(self._bracket.low + int(pattern), ties, len(equal), int(equal[ties - 1]) + 1)
 

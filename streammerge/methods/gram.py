@@ -101,20 +101,20 @@ class GramPass(Pass):
     def update(self, state: Any, block: RowBlock) -> None:
         import torch
 
-        vectors, sums = self.vectors(block), state["sums"]
+        vectors = self.vectors(block)
         squares, *wide = _scratch(state, len(vectors) + 1 + (self.metric is not None), block.stored[0])
         metric = wide.pop().copy_(self.metric(block)) if self.metric is not None else None
-        for i, vector in enumerate(vectors):
-            wide[i].copy_(vector)
+
+        def add(i: int, j: int, squares: Tensor) -> None:
+            weighted = squares if metric is None else squares.mul_(metric)
+            state["sums"].setdefault((i, j), []).extend(exact_sum(weighted))
+
+        for memory, vector in zip(wide, vectors, strict=True):
+            memory.copy_(vector)
         for i, vector in enumerate(wide):
-            for j in range(i, len(wide)):
-                if j == i:
-                    torch.mul(vector, vector, out=squares)
-                else:
-                    torch.sub(vector, wide[j], out=squares).square_()
-                if metric is not None:
-                    squares.mul_(metric)
-                sums.setdefault((i, j), []).extend(exact_sum(squares))
+            for j in range(i + 1, len(wide)):
+                add(i, j, torch.sub(vector, wide[j], out=squares).square_())
+            add(i, i, vector.square_())  # in its own place, where it is needed no more
 
     def gram(self, state: Any) -> Gram:
         sums = {pair: math.fsum(parts) for pair, parts in state["sums"].items()}

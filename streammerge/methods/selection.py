@@ -26,6 +26,7 @@ Counts = Callable[[Unit, Results], Sequence[int]]
 Ranks = Callable[[Unit, Results], Sequence[int | None]]  # from the largest, 1, on; None: not looked for
 
 _MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
+_INFINITY = 0x7F800000
 _SAMPLED_TOGETHER = 1 << 14  # of a block of sampled rows at most so many scores are taken
 _MOST_KEPT = 1 << 19  # scores near the thresholds of all experts together, with their places
 _NOTHING = 0x7FFFFFFF  # above every score
@@ -69,6 +70,15 @@ class Selection:
             if before:
                 mask[:before] = at_least(bits[:before], self.threshold)
         return mask.float().view(scores.shape)
+
+    def trimmed(self, vector: Tensor, offset: int) -> Tensor:
+        """The entries that are kept and 0 elsewhere, of a vector [r, c] that was selected by its own magnitudes."""
+        before = (self.cutoff or 0) - offset
+        all_or_none = not 0 < before < vector.numel()  # of the ties in this block
+        bound = self.threshold - (before > 0)
+        if all_or_none and _is_float32(vector) and bound < _INFINITY:
+            return vector.hardshrink(_float(bound) if bound >= 0 else -1.0)  # one step in place of four
+        return vector * self.mask(vector, offset)
 
 
 def top_k_passes(scores: Scores, densities: Sequence[float], name: str = "selection") -> list[Pass]:
@@ -243,8 +253,7 @@ class _Values(Pass):
         raise AssertionError("reads no rows")
 
     def finish(self, state: Any) -> list[float]:
-        patterns = [state[i].pattern for i in sorted(state)]
-        return [struct.unpack("<f", struct.pack("<I", pattern))[0] for pattern in patterns]
+        return [_float(state[i].pattern) for i in sorted(state)]
 
 
 def _patterns(scores: Sequence[Tensor], wanted: Mapping[int, int]) -> Iterator[tuple[int, Tensor]]:
@@ -268,6 +277,18 @@ def _bits(scores: Tensor, largest: int = NAN) -> Tensor:
     flat = scores.float().reshape(-1)
     bits = flat.view(_int32()) & _MAGNITUDE
     return bits.clamp_(max=NAN) if largest >= NAN else bits
+
+
+def _float(pattern: int) -> float:
+    """The float32 with these bits."""
+    value: float = struct.unpack("<f", struct.pack("<I", pattern))[0]
+    return value
+
+
+def _is_float32(values: Tensor) -> bool:
+    import torch
+
+    return values.dtype == torch.float32
 
 
 def _int32() -> Any:

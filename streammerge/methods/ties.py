@@ -52,7 +52,7 @@ class Ties(Method):
         selections = results["selection"]
         vectors = []
         for vector, selection, expert in zip(block.task_vectors, selections, self.experts, strict=True):
-            vectors.append(scaled(vector * selection.mask(vector, block.offset), expert.coefficient))
+            vectors.append(scaled(selection.trimmed(vector, block.offset), expert.coefficient))
         divisors = [expert.coefficient for expert in self.experts] if self.parameters.normalize else None
         return block.base + scaled(disjoint_merge(vectors, divisors), self.parameters.scale)
 

@@ -412,3 +412,30 @@ def test_counts_may_depend_on_what_was_measured() -> None:
     (found,) = run_passes([Twos(), *counted], unit, blocks)["selection"]
     assert found.kept == 3
     assert found.mask(scores, 0).tolist() == [[True, True], [False, False], [True, False]]
+
+
+TRIMMED = {
+    "zeros and signs": [[0.0, -0.0, 1.0, -1.0], [2.0, -2.0, 1.0, -3.0]],
+    "denormal": [[1e-45, -1e-45, 3e-45, 0.0], [-3e-45, 1e-40, 1e-39, -1e-40]],
+    "infinite": [[INF, 1.0, -INF, -2.0], [3.0, 0.5, 1.0, -1.0]],
+    "not a number": [[NAN, 1.0, -2.0, 1.0], [NAN, -1.0, 0.0, 2.0]],
+    "largest": [[3.4028234e38, -3.4028234e38, 1.0, 2.0], [-1.0, 0.0, 1.0, 3.0]],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", range(9))
+@pytest.mark.parametrize("values", TRIMMED.values(), ids=TRIMMED)
+def test_trimmed_is_the_vector_where_it_is_kept(values: list[list[float]], k: int, dtype: torch.dtype) -> None:
+    """However the rows are cut: whole, or each with its own share of the ties."""
+    vector = torch.tensor(values, dtype=dtype)
+    scores = vector.float()
+    kept = truth(scores, k).view(vector.shape)
+    unit, blocks = blocks_of(scores, 2)
+    (found,) = run_passes(k_largest_passes(lambda block: block.stored, lambda *_: [k]), unit, blocks)["selection"]
+    for rows in (1, 2):
+        for row in range(0, len(vector), rows):
+            part = slice(row, row + rows)
+            trimmed = found.trimmed(vector[part], row * vector.shape[1])
+            expected = torch.where(kept[part], vector[part], vector[part] * 0)
+            assert trimmed.dtype == dtype and torch.equal(trimmed.nan_to_num(7), expected.nan_to_num(7))
