@@ -35,12 +35,16 @@ _lock = Lock()
 
 @contextmanager
 def quiet_logger(name: str) -> Iterator[None]:
-    """Keep what a library logs below an error off the terminal, for as long as any thread is in here."""
+    """Keep a library's warnings off the terminal for as long as any thread is in here.
+
+    Not where its user asked to see even more than warnings.
+    """
     logger = logging.getLogger(name)
     with _lock:
         count, level = _quiet.get(name, (0, logger.level))
         _quiet[name] = count + 1, level
-        logger.setLevel(logging.ERROR)
+        if logger.getEffectiveLevel() == logging.WARNING:
+            logger.setLevel(logging.ERROR)
     try:
         yield
     finally:

@@ -110,7 +110,6 @@ def build(model: type[Model], values: Mapping[str, Any], what: str) -> Model:
     except ValidationError as error:
         pages: list[str] = []
         problems: dict[tuple[str, str], list[str]] = {}  # a place and its value -> what each form of a union says
-        missing: list[str] = []
         known_as: set[str] = set()  # fields that are there by another name
         for item in error.errors(include_url=False):
             place, model_there = _place(model, item["loc"])
@@ -122,17 +121,22 @@ def build(model: type[Model], values: Mapping[str, Any], what: str) -> Model:
                 known_as.add(place.removesuffix(key) + hint.field)
                 problems[f"there is no {place!r}: {hint.text}", ""] = []
             elif item["type"] == "missing":
-                missing.append(place)
+                problems[_missing(place), ""] = []
             else:
                 told = problems.setdefault((place, reprlib.repr(item["input"])), [])
                 told.append(_in_words(item))
+        for field in known_as:
+            problems.pop((_missing(field), ""), None)
         lines = [
             f"{place}: {_either([*dict.fromkeys(told)])}, not {value}" if told else place
             for (place, value), told in problems.items()
         ]
-        lines += [f"{place} is missing" for place in missing if place not in known_as]
         lines += [f"see {page}" for page in dict.fromkeys(pages)]
         raise RecipeError(f"{what}: {'; '.join(lines)}") from None
+
+
+def _missing(place: str) -> str:
+    return f"{place} is missing"
 
 
 def build_from_options(model: type[Model], values: Mapping[str, Any]) -> Model:
