@@ -81,7 +81,7 @@ def test_one_pointer_for_all_keys() -> None:
     assert all(key in told for key in ("'merge_method': here it is 'method'", "'base_model': here it is 'base'"))
     assert "missing" not in told  # the base is there, under its other name
     assert message({"base_model": "a"}) == (
-        f"recipe: there is no 'base_model': here it is 'base'; models is missing; see {PAGE}"
+        f"recipe: models is missing; there is no 'base_model': here it is 'base'; see {PAGE}"
     )
 
 
