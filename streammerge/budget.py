@@ -13,7 +13,7 @@ from streammerge.units import format_size
 
 DEFAULT_MAX_RAM = 256 * 2**20
 IMPORT_BYTES = 240 * 2**20  # a process that has imported torch, before any data
-FORK_BYTES = 8 * 2**20  # what a fork of it copies because it writes there
+FORK_BYTES = 12 * 2**20  # what a fork of it copies because it writes there, and what its heap keeps between tiles
 MOST_KEPT = 24 * 2**20  # of local files in a buffer: a larger unit is in the system's cache when it is read again
 WORTH_FORKING = 64 * 2**20  # bytes to be read: below that forks take longer than they save
 
