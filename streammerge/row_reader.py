@@ -16,7 +16,7 @@ from torch import Tensor
 
 from streammerge.budget import aligned, run_bytes, unit_bytes
 from streammerge.checkpoints.buffers import as_bytes
-from streammerge.checkpoints.checkpoint import Checkpoint, require_finite, torch_dtype
+from streammerge.checkpoints.checkpoint import Checkpoint, count_nonfinite, require_finite, torch_dtype
 from streammerge.checkpoints.checksum import add, part_sum
 from streammerge.checkpoints.header import TensorInfo
 from streammerge.methods.api import RowBlock, TensorContext, Unit
@@ -90,6 +90,7 @@ class RowReader:
         self, buffer_bytes: int, allow_nonfinite: bool, advance: Callable[[int], object], again: bool = False
     ) -> None:
         self._buffer = torch.empty(buffer_bytes, dtype=torch.uint8)
+        self._bytes = as_bytes(self._buffer)
         self._allow_nonfinite, self._advance, self._again = allow_nonfinite, advance, again
 
     def load(self, batch: Batch) -> None:
@@ -102,11 +103,11 @@ class RowReader:
         for unit, inputs in batch:
             places[unit.key] = position
             for source in (source for tensor in unit.tensors for source in inputs[tensor.name].all):
-                raw = self._buffer[position : position + source.info.nbytes]
-                parts.setdefault(source.model, []).append((source.info, 0, as_bytes(raw)))
+                raw = self._bytes[position : position + source.info.nbytes]
+                parts.setdefault(source.model, []).append((source.info, 0, raw))
                 position += aligned(source.info.nbytes)
         self._streamed = any(model.is_streamed(info) for model, of in parts.items() for info, _, _ in of)
-        if position > len(self._buffer):
+        if position > len(self._bytes):
             return
         self._places = places
         if self._streamed:
@@ -192,16 +193,15 @@ class RowReader:
         inputs = self._inputs[tensor.name]
         views = []
         for source, start in zip(inputs.all, _starts(tensor, inputs.infos, None, 0, len(rows)), strict=True):
-            view = self._view(tensor, source.info, start, len(rows))
-            size, data = source.info.nbytes // tensor.rows, as_bytes(view)
+            size, data = source.info.nbytes // tensor.rows, self._bytes[start:]
             parts = [(source.info, row * size, data[i * size : (i + 1) * size]) for i, row in enumerate(rows)]
             source.model.read_many(parts)
-            views.append(view)
+            views.append(self._view(tensor, source.info, start, len(rows)))
         return views
 
     def _rows_at_once(self, tensor: TensorContext) -> int:
         infos = self._inputs[tensor.name].infos
-        room = len(self._buffer) if self._streamed else min(len(self._buffer), PIECE * len(infos))
+        room = len(self._bytes) if self._streamed else min(len(self._bytes), PIECE * len(infos))
         return max(1, room // max(run_bytes(tensor, infos, tensor.tile_rows), 1)) * tensor.tile_rows
 
     def _read(
@@ -210,12 +210,12 @@ class RowReader:
         """Some rows of every input, to where they start in the buffer; added to the checksums that are asked for."""
         for number, source in enumerate(self._inputs[tensor.name].all):
             row_bytes = source.info.nbytes // tensor.rows
-            raw = self._buffer[starts[number] : starts[number] + rows * row_bytes]
-            source.model.read_into(source.info, first * row_bytes, as_bytes(raw))
+            raw = self._bytes[starts[number] : starts[number] + rows * row_bytes]
+            source.model.read_into(source.info, first * row_bytes, raw)
             self._advance(len(raw))
             self.bytes_read += len(raw)
             if (known := sums[number]) is not None:
-                sums[number] = add(known, part_sum(as_bytes(raw), first * row_bytes))
+                sums[number] = add(known, part_sum(raw, first * row_bytes))
 
     def _is_compared(self, source: Input) -> bool:
         """Whether what `blocks` reads now was read before, or will be again."""
@@ -227,8 +227,8 @@ class RowReader:
         views = []
         for source, start in zip(self._inputs[tensor.name].all, starts, strict=True):
             view = self._view(tensor, source.info, start, rows)
-            if not self._checked and source.info.floating:
-                for tile in view.split(tensor.tile_rows):
+            if not self._checked and source.info.floating and count_nonfinite(view):
+                for tile in view.split(tensor.tile_rows):  # so that the first error is the same however much is read
                     require_finite(tile, source.info, source.model.id)
             views.append(view)
         return self._as_run(tensor, views, first, offset)
@@ -268,8 +268,9 @@ class _Run:
     compute: torch.dtype
 
     def tiles(self) -> Iterator[RowBlock]:
-        for row in range(0, len(self.stored[0]), self.tensor.tile_rows):
-            rows = slice(row, row + self.tensor.tile_rows)
+        step = self.tensor.tile_rows
+        for row in range(0, self.stored[0].shape[0], step):
+            rows = slice(row, row + step)
             yield RowBlock(
                 self.tensor,
                 self.offset,

@@ -51,23 +51,21 @@ class RowWriter:
 
     def __init__(self, writer: Writer, allow_nonfinite: bool) -> None:
         self._writer, self._allow_nonfinite = writer, allow_nonfinite
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._filled = 0
+        self._values = torch.empty(0)
+        self._bytes = as_bytes(self._values)
+        self._room = self._filled = 0  # elements
         self.nonfinite: Counter[str] = Counter()
         self.written: dict[str, list[Any]] = {}
 
     def add(self, block: RowBlock, merged: Tensor) -> None:
         """The next tile of the tensor; the first one may be any."""
-        dtype = torch_dtype(block.tensor.dtype)
-        count = merged.numel() * dtype.itemsize
-        if self._filled + count > len(self._memory):
+        count = merged.numel()
+        if self._filled + count > self._room:
             self.flush()
-            if count > len(self._memory):
-                whole = block.tensor.numel * dtype.itemsize
-                self._memory = torch.empty(max(count, min(PIECE, whole)), dtype=torch.uint8)
         if not self._filled:
-            self._tensor, self._start = block.tensor, block.row * block.tensor.columns * dtype.itemsize
-        self._memory[self._filled : self._filled + count].view(dtype).view(merged.shape).copy_(merged)
+            self._tensor, self._start = block.tensor, block.row * block.tensor.columns
+            self._make_room(count)
+        self._values[self._filled : self._filled + count].view(merged.shape).copy_(merged)
         self._filled += count
 
     def flush(self) -> None:
@@ -77,11 +75,19 @@ class RowWriter:
             CheckpointError: it holds NaN or Inf, which are not to be let through.
         """
         if self._filled:
-            piece = self._memory[: self._filled]
-            self._count(piece.view(torch_dtype(self._tensor.dtype)))
-            written = self._writer.write(self._tensor.name, self._start, as_bytes(piece))
-            self.written.setdefault(self._tensor.name, []).append(written)
+            name, width = self._tensor.name, self._values.itemsize
+            self._count(self._values[: self._filled])
+            written = self._writer.write(name, self._start * width, self._bytes[: self._filled * width])
+            self.written.setdefault(name, []).append(written)
             self._filled = 0
+
+    def _make_room(self, count: int) -> None:
+        """For at least so many elements of the tensor, in its dtype."""
+        dtype = torch_dtype(self._tensor.dtype)
+        if count > self._room or dtype != self._values.dtype:
+            self._room = max(count, min(PIECE // dtype.itemsize, self._tensor.numel))
+            self._values = torch.empty(self._room, dtype=dtype)
+            self._bytes = as_bytes(self._values)
 
     def _count(self, values: Tensor) -> None:
         name, dtype = self._tensor.name, self._tensor.dtype

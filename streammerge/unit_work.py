@@ -152,7 +152,7 @@ class Merge(UnitWork):
             merged = self.method.apply(block, results) if action == "merge" else block.stored[0]
             if block.tensor.name not in complete:
                 out.add(block, merged)
-                if block.row + len(merged) == block.tensor.rows:
+                if block.row + merged.shape[0] == block.tensor.rows:
                     out.flush()
         for tensor in unit.tensors:
             if tensor.name not in complete:

@@ -51,19 +51,19 @@ class TensorContext:
     def is_matrix(self) -> bool:
         return len(self.shape) > 1
 
-    @property
+    @cached_property
     def columns(self) -> int:
         return self.shape[-1] if self.shape else 1
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return math.prod(self.shape[:-1])
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def tile_rows(self) -> int:
         """Rows worked on at a time. A function of the shape alone, so that sums are cut the same way always."""
         return max(1, min(self.rows, TILE_ELEMENTS // max(self.columns, 1)))
@@ -120,12 +120,16 @@ class RowBlock:
     @cached_property
     def task_vectors(self) -> list[Tensor]:
         """m times [r, c]: fine-tuned minus base."""
-        return [expert - self.base for expert in self.experts]
+        return [self._less_base(expert) for expert in self.stored[1:]]
 
     @cached_property
     def fishers(self) -> list[Tensor]:
         """[r, c] each: the diagonal Fishers that the method asked for, the base's first."""
         return [fisher.to(self._compute) for fisher in self._fishers]
+
+    def _less_base(self, stored: Tensor) -> Tensor:
+        values = stored.to(self._compute)
+        return values - self.base if values is stored else values.sub_(self.base)  # what was converted is ours
 
     @property
     def fisher(self) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import CheckpointError
 from streammerge.methods.api import Pass, Results, RowBlock, Unit
+from streammerge.methods.scaled import add_scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,15 +164,6 @@ def combine(vectors: Sequence[Tensor], coefficients: Sequence[float | Tensor]) -
     first = vectors[0]
     excess = math.fsum([*coefficients, -1.0]) if isinstance(coefficients[0], float) else sum(coefficients) - 1.0
     return add_scaled(first, [first, *(v - first for v in vectors[1:])], [excess, *coefficients[1:]])
-
-
-def add_scaled(start: Tensor, vectors: Sequence[Tensor], coefficients: Sequence[float | Tensor]) -> Tensor:
-    """v + sum_i c_i v_i."""
-    merged = start
-    for vector, coefficient in zip(vectors, coefficients, strict=True):
-        factor = coefficient if isinstance(coefficient, (int, float)) else coefficient.to(start.dtype)
-        merged = (vector * factor).add_(merged)
-    return merged
 
 
 def exact_sum(values: Tensor) -> tuple[float, float]:

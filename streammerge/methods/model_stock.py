@@ -11,7 +11,8 @@ from pydantic import Field
 
 from streammerge.errors import RecipeError
 from streammerge.methods.api import Method, ModelFacts, Pass, Results, RowBlock, TensorContext, Unit
-from streammerge.methods.gram import Combination, Gram, GramPass, add_scaled
+from streammerge.methods.gram import Combination, Gram, GramPass
+from streammerge.methods.scaled import add_scaled
 from streammerge.schema import Strict
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from pydantic import Field
 
 from streammerge.errors import RecipeError
 from streammerge.methods.api import ExpertParameters, Method, ModelFacts, Pass, Results, RowBlock, TensorContext, Unit
-from streammerge.methods.gram import ANTIPODAL, Combination, Gram, GramPass, add_scaled, combine
+from streammerge.methods.gram import ANTIPODAL, Combination, Gram, GramPass, combine
+from streammerge.methods.scaled import add_scaled
 from streammerge.schema import Strict
 
 if TYPE_CHECKING:

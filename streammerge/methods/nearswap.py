@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from streammerge.methods.api import Method, Results, RowBlock, TensorContext
+from streammerge.methods.scaled import add_scaled
 from streammerge.schema import Strict
 
 if TYPE_CHECKING:
@@ -34,10 +35,9 @@ class Nearswap(Method):
     parameters: NearswapParameters
 
     def apply(self, block: RowBlock, results: Results) -> Tensor:
-        merged, t = block.base, self.parameters.t
-        for vector, expert in zip(block.task_vectors, self.experts, strict=True):
-            merged = merged + vector.clamp(-t, t) * expert.coefficient
-        return merged
+        t = self.parameters.t
+        vectors = (vector.clamp(-t, t) for vector in block.task_vectors)
+        return add_scaled(block.base, vectors, [expert.coefficient for expert in self.experts])
 
     def report(self, tensor: TensorContext, results: Results) -> dict[str, Any]:
         return {"coefficient": [expert.coefficient for expert in self.experts]}

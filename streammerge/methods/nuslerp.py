@@ -9,7 +9,8 @@ from pydantic import Field
 
 from streammerge.errors import RecipeError
 from streammerge.methods.api import ExpertParameters, Method, ModelFacts, Pass, Results, RowBlock, TensorContext, Unit
-from streammerge.methods.gram import Combination, GramPass, add_scaled, combine, models_of
+from streammerge.methods.gram import Combination, GramPass, combine, models_of
+from streammerge.methods.scaled import add_scaled
 from streammerge.methods.slerp import interpolate, slerp_coefficients
 from streammerge.schema import Strict
 

@@ -1,10 +1,10 @@
-"""What methods share that scale whole task vectors by coefficients of their own, one per tensor and expert."""
+"""What methods share that add whole vectors, scaled; by coefficients of their own, one per tensor and expert."""
 
 from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from streammerge.methods.api import ExpertParameters, Method, ModelFacts, Results, RowBlock, TensorContext
@@ -34,10 +34,22 @@ class ScaledTaskVectors(Method):
         return self.derived(tensor) if self._recalled is None else [*self._recalled[tensor.name]]
 
     def apply(self, block: RowBlock, results: Results) -> Tensor:
-        merged = block.base
-        for vector, coefficient in zip(block.task_vectors, self.coefficients(block.tensor), strict=True):
-            merged = merged + vector * coefficient
-        return merged
+        return add_scaled(block.base, block.task_vectors, self.coefficients(block.tensor))
 
     def report(self, tensor: TensorContext, results: Results) -> dict[str, Any]:
         return {"coefficient": self.coefficients(tensor)}
+
+
+def add_scaled(start: Tensor, vectors: Iterable[Tensor], coefficients: Iterable[float | Tensor]) -> Tensor:
+    """v + sum_i c_i v_i.
+
+    Args:
+        start: v, [r, c].
+        vectors: n times [r, c].
+        coefficients: n numbers, or tensors [r, 1] or [1, c].
+    """
+    merged = start
+    for vector, coefficient in zip(vectors, coefficients, strict=True):
+        factor = coefficient if isinstance(coefficient, (int, float)) else coefficient.to(start.dtype)
+        merged = (vector * factor).add_(merged)
+    return merged

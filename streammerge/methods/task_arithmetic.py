@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from streammerge.methods.api import ExpertParameters, Method, Results, RowBlock, TensorContext
+from streammerge.methods.scaled import add_scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,10 +32,7 @@ class TaskArithmetic(Method):
     reference = "arXiv 2212.04089"
 
     def apply(self, block: RowBlock, results: Results) -> Tensor:
-        merged = block.base
-        for task_vector, expert in zip(block.task_vectors, self.experts, strict=True):
-            merged = (task_vector * expert.coefficient).add_(merged)
-        return merged
+        return add_scaled(block.base, block.task_vectors, [expert.coefficient for expert in self.experts])
 
     def report(self, tensor: TensorContext, results: Results) -> dict[str, Any]:
         return {"coefficient": [expert.coefficient for expert in self.experts]}
