@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -48,7 +49,17 @@ class _FlagsWithoutValue:
         return params
 
 
-class _Command(_FlagsWithoutValue, TyperCommand): ...
+class _Command(_FlagsWithoutValue, TyperCommand):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """An option is no other option's value: what was to stand between them is mostly an empty variable."""
+        options = [param for param in self.get_params(ctx) if param.param_type_name == "option"]
+        names = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+        valued = {name for option in options if not option.is_flag for name in option.opts}
+        for name, value in pairwise(args):
+            if name in valued and value in names:
+                ctx.fail(f"Option {name!r} requires an argument, and {value!r} is an option.")
+        rest: list[str] = super().parse_args(ctx, args)
+        return rest
 
 
 class _Group(_FlagsWithoutValue, TyperGroup): ...

@@ -127,12 +127,17 @@ def build(model: type[Model], values: Mapping[str, Any], what: str) -> Model:
                 told.append(_in_words(item))
         for field in known_as:
             problems.pop((_missing(field), ""), None)
-        lines = [
-            f"{place}: {_either([*dict.fromkeys(told)])}, not {value}" if told else place
-            for (place, value), told in problems.items()
-        ]
+        lines = [_line(place, value, [*dict.fromkeys(told)]) for (place, value), told in problems.items()]
         lines += [f"see {page}" for page in dict.fromkeys(pages)]
         raise RecipeError(f"{what}: {'; '.join(lines)}") from None
+
+
+def _line(place: str, value: str, told: list[str]) -> str:
+    if not told:
+        return place
+    words = _either(told)
+    wanted = words.startswith("must ") and not words.startswith("must not ")
+    return f"{place}: {words}, not {value}" if wanted else f"{place} {value}: {words}"
 
 
 def _missing(place: str) -> str:

@@ -127,7 +127,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "2 values of density for one fine-tuned model: give one$",
     ),
     "list of a method's own": ({"parameters": {"theta": [1, 2]}}, "method fim_ties: theta"),
-    "negative": ({"parameters": {"theta": -1}}, "theta: must not be negative"),
+    "negative": ({"parameters": {"theta": -1}}, "theta -1: must not be negative"),
     "not finite": ({"parameters": {"gate_factor": float("inf")}}, "gate_factor: must be a finite number"),
     "beside a model": (
         {"models": [{"model": "b", "parameters": {"theta": 1}}]},
@@ -151,7 +151,7 @@ def test_parameters_that_make_no_sense(values: dict[str, Any], words: str) -> No
         (PAIR | {"models": [3]}, "models.0: must be a mapping"),
         (PAIR | {"method": 3}, "method: must be a text"),
         (PAIR | {"fisher": {"samples": 1.5}}, "fisher.samples: "),
-        (PAIR | {"max_shard_bytes": None}, "max_shard_bytes: None is not a size"),
+        (PAIR | {"max_shard_bytes": None}, "max_shard_bytes None: None is not a size"),
         (PAIR | {"allow_nonfinite": "perhaps"}, "allow_nonfinite: must be true or false"),
     ],
 )
@@ -173,7 +173,7 @@ def test_off_in_a_recipe_stays_the_word(tmp_path: Path) -> None:
         ("task", "did you mean 'task_arithmetic'"),
         ("dare", "did you mean 'dare_ties'|did you mean 'dare_linear'"),
         ("TIES", "did you mean 'ties'"),
-        ("xyz", "there is no such method: `streammerge methods` lists them, not 'xyz'"),
+        ("xyz", "method 'xyz': there is no such method: `streammerge methods` lists them"),
         ("aim", "it is a post-step of any method: --aim"),
     ],
 )

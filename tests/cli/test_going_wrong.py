@@ -31,6 +31,34 @@ def test_debug_shows_a_traceback(models: Models, tmp_path: Path, run: Run) -> No
     assert plain.err.removeprefix("streammerge: error: ").strip() in debug.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        (("--base", "--ft", "b", "--out", "c"), "--base", "--ft"),
+        (("--base", "a", "--ft", "b", "--out", "-q"), "--out", "-q"),
+        (("plan", "--base", "a", "--ft", "b", "-m", "--normalize"), "-m", "--normalize"),
+        (("fisher", "--base", "--out", "c"), "--base", "--out"),
+    ],
+)
+def test_an_option_is_not_taken_for_the_value_of_another(
+    run: Run, arguments: tuple[str, ...], name: str, value: str
+) -> None:
+    result = run(*arguments)
+    assert result.code == 2
+    assert f"Option '{name}' requires an argument, and '{value}' is an option." in " ".join(
+        result.err.replace("│", " ").split()
+    )
+
+
+def test_what_looks_like_an_option_can_still_be_named(
+    models: Models, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copytree(models.ft, tmp_path / "--ft")
+    monkeypatch.chdir(tmp_path)
+    result = run("--base", models.base, "--ft=--ft", "--out", "out", "-m", "linear")
+    assert result.code == 0, result.err
+
+
 PAIR = ("--base", "a", "--ft", "b")
 STOPPED = {  # the arguments, what is called, and what the same command does
     "merge": (("merge", *PAIR, "--out", "c"), "merge", "goes on where it was"),

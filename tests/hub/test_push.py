@@ -156,7 +156,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "git": ({"repository": "alice/x.git"}, "not ending with .git"),
     "a line's end": ({"repository": "alice/x\n"}, "org/name"),
     "a blank branch": ({"revision": "bad branch"}, "cannot be a branch: it has the character ' ' in it"),
-    "no branch": ({"revision": ""}, "revision: cannot be a branch: it is empty"),
+    "no branch": ({"revision": ""}, "revision '': cannot be a branch: it is empty"),
     "a commit for a branch": ({"revision": 40 * "a"}, "must be a branch: to a commit nothing can be pushed"),
     "a full ref": ({"revision": "refs/heads/main"}, "by its plain name, or refs/pr/N"),
     "an empty pattern": ({"delete_patterns": ["*.txt", ""]}, "a pattern must not be empty"),
