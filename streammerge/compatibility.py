@@ -92,7 +92,9 @@ def same_model_notes(base: Checkpoint, experts: Sequence[Checkpoint]) -> list[st
     found = []
     for number, expert in enumerate(experts):
         if _is_same(base, expert):
-            found.append(f"{expert.id}: is the base itself: its task vector is 0")
+            found.append(
+                f"{expert.id}: is the base itself: its task vector is 0, and a mean of all models counts it twice"
+            )
         elif any(_is_same(other, expert) for other in experts[:number]):
             found.append(f"{expert.id}: is given more than once, and counts each time")
     return found

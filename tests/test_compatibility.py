@@ -203,7 +203,7 @@ def test_a_model_that_is_the_base_or_given_before_is_noted(models: Models, tmp_p
     link = tmp_path / "link"
     link.symlink_to(models.ft)
     other = models.base.parent / "ft" / ".." / "base"
-    is_base = f"{other}: is the base itself: its task vector is 0"
+    is_base = f"{other}: is the base itself: its task vector is 0, and a mean of all models counts it twice"
     twice = "is given more than once, and counts each time"
     assert noted(models.base, models.ft, models.ft2) == []
     assert noted(models.base, other) == [is_base]
@@ -217,7 +217,7 @@ def test_a_copy_is_another_model(models: Models, tmp_path: Path) -> None:
 
 
 def test_the_base_itself_is_told_by_plan_merge_and_manifest(models: Models, tmp_path: Path, run: Run) -> None:
-    text = f"{models.base}: is the base itself: its task vector is 0"
+    text = f"{models.base}: is the base itself: its task vector is 0, and a mean of all models counts it twice"
     pair = ("--base", models.base, "--ft", models.base, "-m", "task_arithmetic")
     assert text in run("plan", *pair).out
     assert f"note: {text}" in run(*pair, "--out", tmp_path / "m", "-q").out

@@ -264,4 +264,6 @@ def test_the_base_itself_under_another_name_is_noted(call: Run) -> None:
     result = call(
         "plan", "--base", "org/base", "--ft", "hf://org/base@main", "--ft", "org/ft", "--json", "-m", "linear"
     )
-    assert json.loads(result.out)["notes"] == ["org/base: is the base itself: its task vector is 0"]
+    assert json.loads(result.out)["notes"] == [
+        "org/base: is the base itself: its task vector is 0, and a mean of all models counts it twice"
+    ]
