@@ -40,6 +40,7 @@ def score(
 
     Raises:
         OSError: the folder holds no model that transformers loads.
+        CheckpointError: nor a tokenizer.
     """
     from streammerge.mini_l2s.scoring import score_model
 

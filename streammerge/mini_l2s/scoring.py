@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from streammerge.errors import CheckpointError
 from streammerge.mini_l2s.grade import is_right
 from streammerge.mini_l2s.problems import Problem, Split, scored_problems
 from streammerge.progress import progress_bar, quiet_transformers
@@ -29,10 +30,20 @@ def score_model(
     asked = scored_problems(limit, split)
     # Matrices this small lose more by waiting for a second thread than they gain from it.
     with quiet_transformers(), single_threaded_torch():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = _tokenizer(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
         result = score_responses(tokenizer, model, asked, label=folder.name, progress=progress)
     return {**result, "seconds": round(time.perf_counter() - started, 3)}
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # a tokenizer's files, or their absence, may break transformers anywhere
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"model {folder}: its tokenizer, to be scored with, cannot be loaded: {reason}"
+        ) from error
 
 
 def score_responses(

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from streammerge import mini_l2s
+from streammerge.errors import CheckpointError
 from streammerge.mini_l2s import scoring
 from streammerge.mini_l2s.grade import extract_answer
 from streammerge.mini_l2s.problems import SCORED, scored_problems
@@ -98,3 +99,12 @@ def test_no_more_problems_than_there_are(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     assert mini_l2s.score(base, limit=300, progress=False)["problems"] == 250
     assert find_evaluation("mini_l2s")(base, limit=300, progress=False)["problems"] == 250
+
+
+def test_a_model_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
+    base, _ = mini_l2s.pair()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(base / name)
+    with pytest.raises(CheckpointError, match="its tokenizer, to be scored with, cannot be loaded: ") as caught:
+        mini_l2s.score(tmp_path, limit=1)
+    assert "\n" not in str(caught.value)
